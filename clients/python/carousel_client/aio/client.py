@@ -1,0 +1,264 @@
+"""The asyncio client. `carousel_client` is the same without `async`."""
+
+# ruff: noqa: ASYNC109 -- the same parameters as the blocking client's
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from datetime import datetime
+from types import TracebackType
+from typing import Self, TypeVar
+
+import grpc
+
+from carousel_client.aio.connection import Connection
+from carousel_client.errors import DeadlineExceeded, FailedPrecondition
+from carousel_client.policies import Policy, from_message
+from carousel_client.requests import MAX_MESSAGE_BYTES, SessionOptions, infer_request
+from carousel_client.signature import Answer
+from carousel_protos.v1.carousel_pb2 import (
+    Chunk,
+    GetModelRequest,
+    GetModelResponse,
+    ListModelsRequest,
+    LoadModelRequest,
+    ModelStatus,
+    Opened,
+    Result,
+    UnloadModelRequest,
+)
+
+T = TypeVar("T")
+_EXHAUSTED = object()
+
+
+def connect(
+    target: str,
+    *,
+    credentials: grpc.ChannelCredentials | None = None,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+) -> "Client":
+    """A client of the server at `target`, such as "localhost:8001"; nothing is sent yet.
+
+    `max_message_bytes` bounds what this client sends and should be the server's own limit. Without `credentials`
+    nothing is encrypted.
+    """
+    return Client(target, credentials, max_message_bytes)
+
+
+class Client:
+    """A connection to a server, to be used in `async with`; its sessions share one stream. Made by `connect`.
+
+    Every method raises `CarouselError`: `NotFound` for a model that the server has not, `Unavailable` where nobody
+    answers, `DeadlineExceeded` after `timeout` seconds (None: no limit).
+    """
+
+    def __init__(self, target: str, credentials: grpc.ChannelCredentials | None, max_message_bytes: int) -> None:
+        self._settings = (target, credentials, max_message_bytes)
+
+    async def __aenter__(self) -> Self:
+        self._connection = Connection(*self._settings)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._connection.close()
+
+    @property
+    def going_away(self) -> datetime | None:
+        """When the server has announced that it will stop; None where it has not."""
+        stream = self._connection.stream
+        return stream.going_away if stream is not None else None
+
+    def session(
+        self,
+        model: str,
+        *,
+        policy: Policy | None = None,
+        version: str = "",
+        session_id: str | None = None,
+        initial_state: Mapping[str, object] | None = None,
+        timeout: float | None = None,
+    ) -> "Session":
+        """A session with `model`, to be used in a `with` statement.
+
+        `policy` None is the bundle's default, `version` "" the newest that is served, `session_id` None a random one.
+        `initial_state` maps state inputs to `[layers × directions, size]`; those left out start at zero. `timeout`
+        seconds bound the question for the model's manifest, which is asked once.
+        """
+        return Session(self._connection, SessionOptions(model, version, policy, session_id, initial_state, timeout))
+
+    async def infer(
+        self,
+        model: str,
+        inputs: object,
+        *,
+        lengths: Sequence[int] | None = None,
+        version: str = "",
+        timeout: float | None = None,
+    ) -> Answer:
+        """What the eager model answers to whole sequences, in its own dimensions, batch included; stateless.
+
+        `inputs` is an array for a model with one input and a dict by name otherwise; the answer likewise by outputs.
+        `lengths` are the valid frames of each row; an answer is zero after them.
+        """
+        signature = await self._connection.signature(model, version, timeout)
+        request = infer_request(signature, inputs, lengths, version, self._connection.max_message_bytes)
+        response = await self._connection.unary(self._connection.stub.Infer, request, timeout)
+        return (await self._connection.signature(model, response.version, timeout)).decode_batch(response)
+
+    async def models(self, *, timeout: float | None = None) -> list[ModelStatus]:
+        """Every model and version that the server has, loaded or not."""
+        response = await self._connection.unary(self._connection.stub.ListModels, ListModelsRequest(), timeout)
+        return list(response.models)
+
+    async def model(self, model: str, *, version: str = "", timeout: float | None = None) -> GetModelResponse:
+        """A model's `status`, `manifest` and `statistics`; `version` "" is the newest."""
+        request = GetModelRequest(model=model, version=version)
+        return await self._connection.unary(self._connection.stub.GetModel, request, timeout)
+
+    async def load(self, model: str, *, version: str = "", timeout: float | None = None) -> ModelStatus:
+        """Load what is on the server's disk; `version` "" is the newest there."""
+        request = LoadModelRequest(model=model, version=version)
+        return (await self._connection.unary(self._connection.stub.LoadModel, request, timeout)).status
+
+    async def unload(self, model: str, *, version: str = "", timeout: float | None = None) -> list[ModelStatus]:
+        """Unload a version, or with "" every one."""
+        request = UnloadModelRequest(model=model, version=version)
+        return list((await self._connection.unary(self._connection.stub.UnloadModel, request, timeout)).models)
+
+
+class Session:
+    """A sequence whose h and c live on the server. Made by `Client.session`.
+
+    Entering it sends Open without waiting for the answer, so that the first chunks follow at once: a refusal (such as
+    `AlreadyExists`) is raised by the first call that needs an answer, at the latest on leaving. A chunk that the server
+    refuses leaves the state where it was, and the session goes on.
+    """
+
+    def __init__(self, connection: Connection, options: SessionOptions) -> None:
+        self._connection = connection
+        self._options = options
+
+    async def __aenter__(self) -> Self:
+        options = self._options
+        self._signature = await self._connection.signature(options.model, options.version, options.timeout)
+        self._state = self._connection.open(options.request(self._signature))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        ended = self._connection.end(self._state)
+        if error is None:
+            await ended
+        else:
+            _forget(ended)
+
+    @property
+    def id(self) -> str:
+        return self._state.id
+
+    @property
+    def policy(self) -> Policy:
+        """The policy that the server runs this session under; known from the first answer, or `ready`, on."""
+        return from_message(self._opened().policy)
+
+    @property
+    def version(self) -> str:
+        """The version that serves this session; known from the first answer, or `ready`, on."""
+        return self._opened().version
+
+    async def ready(self, *, timeout: float | None = None) -> None:
+        """Wait until the server has opened the session. Raises what it refuses it with."""
+        await _wait(self._connection.wait_opened(self._state), timeout, f"session {self.id} was not opened")
+
+    async def send(self, chunk: object = None, *, end: bool = False, timeout: float | None = None) -> Answer:
+        """Send a chunk and wait for the frames that became final with it, possibly none.
+
+        `chunk` is `[frames, …]` for a model with one input and a dict of such by name otherwise. `end` ends the
+        sequence with this chunk, which may be None, and flushes what is held back. After a `DeadlineExceeded` the chunk
+        may still be run; the next one follows it.
+        """
+        answer = self._send(chunk, end)
+        return await self._answer(await _wait(answer, timeout, f"a chunk of session {self.id} was not answered"))
+
+    async def stream(
+        self, chunks: Iterable[object] | AsyncIterable[object], *, in_flight: int = 8
+    ) -> AsyncIterator[Answer]:
+        """Send `chunks` and yield the frames that became final with each: one answer for each chunk, and one more.
+
+        The last answer is what an empty chunk flushes, which ends the sequence when `chunks` is exhausted; so a chunk
+        never waits for the next one. `chunks` is iterated in a task of its own, at most `in_flight` ahead of what was
+        yielded, so that it may be a live source; a live one must be asynchronous, as a blocking one would hold the
+        loop. What it raises is raised here, after the answers to what came before.
+        """
+        if in_flight < 1:
+            raise ValueError(f"in_flight is {in_flight}; it must be at least 1")
+        answers: asyncio.Queue[asyncio.Future[Result] | None] = asyncio.Queue()
+        room = asyncio.Semaphore(in_flight)
+        feeder = asyncio.create_task(self._feed(chunks, answers, room), name="carousel-feeder")
+        try:
+            while (answer := await answers.get()) is not None:
+                result = await answer
+                room.release()
+                yield await self._answer(result)
+            await feeder
+        finally:
+            feeder.cancel()
+            await asyncio.gather(feeder, return_exceptions=True)
+            while not answers.empty():
+                if (answer := answers.get_nowait()) is not None:
+                    _forget(answer)
+
+    async def _feed(
+        self,
+        chunks: Iterable[object] | AsyncIterable[object],
+        answers: asyncio.Queue[asyncio.Future[Result] | None],
+        room: asyncio.Semaphore,
+    ) -> None:
+        try:
+            source = aiter(chunks) if isinstance(chunks, AsyncIterable) else _asynchronous(chunks)
+            more = True
+            while more:
+                await room.acquire()
+                chunk = await anext(source, _EXHAUSTED)
+                more = chunk is not _EXHAUSTED
+                answers.put_nowait(self._send(chunk if more else None, not more))
+        finally:
+            # The error, if one came, is raised where this task is awaited.
+            answers.put_nowait(None)
+
+    def _send(self, chunk: object, end: bool) -> asyncio.Future[Result]:
+        message = Chunk(end=end)
+        self._signature.encode_chunk(message.tensors, chunk, end=end)
+        return self._connection.send(self._state, message)
+
+    def _opened(self) -> Opened:
+        if self._state.opened is None:
+            raise FailedPrecondition(f"session {self.id} is not open yet; await session.ready() first")
+        return self._state.opened
+
+    async def _answer(self, result: Result) -> Answer:
+        # The newest version may be a newer one than when this client asked.
+        if (version := self._opened().version) != self._signature.version:
+            self._signature = await self._connection.signature(self._options.model, version)
+        return self._signature.decode_chunk(result)
+
+
+async def _asynchronous(chunks: Iterable[object]) -> AsyncIterator[object]:
+    for chunk in chunks:
+        yield chunk
+
+
+async def _wait(answer: asyncio.Future[T], timeout: float | None, what: str) -> T:
+    try:
+        return await asyncio.wait_for(answer, timeout)
+    except TimeoutError:
+        raise DeadlineExceeded(f"{what} within {timeout} s") from None
+
+
+def _forget(answer: asyncio.Future[T]) -> None:
+    """Nobody waits for `answer` any more: asyncio need not complain of its error."""
+    if not answer.cancel():
+        answer.exception()

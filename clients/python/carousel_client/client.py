@@ -1,0 +1,219 @@
+"""The blocking client. `carousel_client.aio` is the same with `async`."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from datetime import datetime
+from types import TracebackType
+from typing import Self, TypeVar
+
+import grpc
+
+from carousel_client.connection import Connection
+from carousel_client.errors import DeadlineExceeded
+from carousel_client.feeder import Feeder
+from carousel_client.policies import Policy, from_message
+from carousel_client.requests import MAX_MESSAGE_BYTES, SessionOptions, infer_request
+from carousel_client.signature import Answer
+from carousel_protos.v1.carousel_pb2 import (
+    Chunk,
+    GetModelRequest,
+    GetModelResponse,
+    ListModelsRequest,
+    LoadModelRequest,
+    ModelStatus,
+    Result,
+    UnloadModelRequest,
+)
+
+T = TypeVar("T")
+
+
+def connect(
+    target: str,
+    *,
+    credentials: grpc.ChannelCredentials | None = None,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+) -> "Client":
+    """A client of the server at `target`, such as "localhost:8001"; nothing is sent yet.
+
+    `max_message_bytes` bounds what this client sends and should be the server's own limit. Without `credentials`
+    nothing is encrypted.
+    """
+    return Client(Connection(target, credentials, max_message_bytes))
+
+
+class Client:
+    """A connection to a server, safe to use from many threads; its sessions share one stream. Made by `connect`.
+
+    Every method raises `CarouselError`: `NotFound` for a model that the server has not, `Unavailable` where nobody
+    answers, `DeadlineExceeded` after `timeout` seconds (None: no limit).
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the stream and the connection. Sessions that are still open fail."""
+        self._connection.close()
+
+    @property
+    def going_away(self) -> datetime | None:
+        """When the server has announced that it will stop; None where it has not."""
+        stream = self._connection.stream
+        return stream.going_away if stream is not None else None
+
+    def session(
+        self,
+        model: str,
+        *,
+        policy: Policy | None = None,
+        version: str = "",
+        session_id: str | None = None,
+        initial_state: Mapping[str, object] | None = None,
+        timeout: float | None = None,
+    ) -> "Session":
+        """A session with `model`, to be used in a `with` statement.
+
+        `policy` None is the bundle's default, `version` "" the newest that is served, `session_id` None a random one.
+        `initial_state` maps state inputs to `[layers × directions, size]`; those left out start at zero. `timeout`
+        seconds bound the question for the model's manifest, which is asked once.
+        """
+        return Session(self._connection, SessionOptions(model, version, policy, session_id, initial_state, timeout))
+
+    def infer(
+        self,
+        model: str,
+        inputs: object,
+        *,
+        lengths: Sequence[int] | None = None,
+        version: str = "",
+        timeout: float | None = None,
+    ) -> Answer:
+        """What the eager model answers to whole sequences, in its own dimensions, batch included; stateless.
+
+        `inputs` is an array for a model with one input and a dict by name otherwise; the answer likewise by outputs.
+        `lengths` are the valid frames of each row; an answer is zero after them.
+        """
+        signature = self._connection.signature(model, version, timeout)
+        request = infer_request(signature, inputs, lengths, version, self._connection.max_message_bytes)
+        response = self._connection.unary(self._connection.stub.Infer, request, timeout)
+        return self._connection.signature(model, response.version, timeout).decode_batch(response)
+
+    def models(self, *, timeout: float | None = None) -> list[ModelStatus]:
+        """Every model and version that the server has, loaded or not."""
+        return list(self._connection.unary(self._connection.stub.ListModels, ListModelsRequest(), timeout).models)
+
+    def model(self, model: str, *, version: str = "", timeout: float | None = None) -> GetModelResponse:
+        """A model's `status`, `manifest` and `statistics`; `version` "" is the newest."""
+        request = GetModelRequest(model=model, version=version)
+        return self._connection.unary(self._connection.stub.GetModel, request, timeout)
+
+    def load(self, model: str, *, version: str = "", timeout: float | None = None) -> ModelStatus:
+        """Load what is on the server's disk; `version` "" is the newest there."""
+        request = LoadModelRequest(model=model, version=version)
+        return self._connection.unary(self._connection.stub.LoadModel, request, timeout).status
+
+    def unload(self, model: str, *, version: str = "", timeout: float | None = None) -> list[ModelStatus]:
+        """Unload a version, or with "" every one."""
+        request = UnloadModelRequest(model=model, version=version)
+        return list(self._connection.unary(self._connection.stub.UnloadModel, request, timeout).models)
+
+
+class Session:
+    """A sequence whose h and c live on the server. Made by `Client.session`.
+
+    Entering it sends Open without waiting for the answer, so that the first chunks follow at once: a refusal (such as
+    `AlreadyExists`) is raised by the first call that needs an answer, at the latest on leaving. A chunk that the server
+    refuses leaves the state where it was, and the session goes on.
+    """
+
+    def __init__(self, connection: Connection, options: SessionOptions) -> None:
+        self._connection = connection
+        self._options = options
+
+    def __enter__(self) -> Self:
+        options = self._options
+        self._signature = self._connection.signature(options.model, options.version, options.timeout)
+        self._state = self._connection.open(options.request(self._signature))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        ended = self._connection.end(self._state)
+        if error is None:
+            _wait(ended, None, "")
+
+    @property
+    def id(self) -> str:
+        return self._state.id
+
+    @property
+    def policy(self) -> Policy:
+        """The policy that the server runs this session under; waits for it to be opened."""
+        self.ready()
+        assert self._state.opened is not None, "ready waited for it"
+        return from_message(self._state.opened.policy)
+
+    @property
+    def version(self) -> str:
+        """The version that serves this session; waits for it to be opened."""
+        self.ready()
+        assert self._state.opened is not None, "ready waited for it"
+        return self._state.opened.version
+
+    def ready(self, *, timeout: float | None = None) -> None:
+        """Wait until the server has opened the session. Raises what it refuses it with."""
+        _wait(self._connection.wait_opened(self._state), timeout, f"session {self.id} was not opened")
+
+    def send(self, chunk: object = None, *, end: bool = False, timeout: float | None = None) -> Answer:
+        """Send a chunk and wait for the frames that became final with it, possibly none.
+
+        `chunk` is `[frames, …]` for a model with one input and a dict of such by name otherwise. `end` ends the
+        sequence with this chunk, which may be None, and flushes what is held back. After a `DeadlineExceeded` the chunk
+        may still be run; the next one follows it.
+        """
+        return self._answer(_wait(self._send(chunk, end), timeout, f"a chunk of session {self.id} was not answered"))
+
+    def stream(self, chunks: Iterable[object], *, in_flight: int = 8) -> Iterator[Answer]:
+        """Send `chunks` and yield the frames that became final with each: one answer for each chunk, and one more.
+
+        The last answer is what an empty chunk flushes, which ends the sequence when `chunks` is exhausted; so a chunk
+        never waits for the next one. `chunks` is iterated in a thread of its own, at most `in_flight` ahead of what was
+        yielded, so that it may be a live source. What it raises is raised here, after the answers to what came before.
+        """
+        if in_flight < 1:
+            raise ValueError(f"in_flight is {in_flight}; it must be at least 1")
+        feeder = Feeder(chunks, self._send, in_flight)
+        try:
+            for result in feeder:
+                yield self._answer(result)
+        finally:
+            feeder.stop()
+
+    def _send(self, chunk: object, end: bool) -> Future[Result]:
+        message = Chunk(end=end)
+        self._signature.encode_chunk(message.tensors, chunk, end=end)
+        return self._connection.send(self._state, message)
+
+    def _answer(self, result: Result) -> Answer:
+        assert self._state.opened is not None, "a result comes after Opened"
+        # The newest version may be a newer one than when this client asked.
+        if (version := self._state.opened.version) != self._signature.version:
+            self._signature = self._connection.signature(self._options.model, version)
+        return self._signature.decode_chunk(result)
+
+
+def _wait(answer: "Future[T]", timeout: float | None, what: str) -> T:
+    try:
+        return answer.result(timeout)
+    except TimeoutError:
+        raise DeadlineExceeded(f"{what} within {timeout} s") from None

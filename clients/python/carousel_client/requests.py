@@ -1,0 +1,48 @@
+"""The requests that both clients build alike."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from carousel_client.errors import ResourceExhausted
+from carousel_client.policies import Policy, to_message
+from carousel_client.protocol import new_session_id
+from carousel_client.signature import Signature
+from carousel_protos.v1.carousel_pb2 import InferRequest, Open
+
+# What a server takes by default.
+MAX_MESSAGE_BYTES = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """What a caller asks of a session; `Client.session` says what each means."""
+
+    model: str
+    version: str
+    policy: Policy | None
+    session_id: str | None
+    initial_state: Mapping[str, object] | None
+    timeout: float | None
+
+    def request(self, signature: Signature) -> Open:
+        """Raises `InvalidArgument` for a state that does not fit."""
+        request = Open(session_id=self.session_id or new_session_id(), model=self.model, version=self.version)
+        if self.policy is not None:
+            request.policy.CopyFrom(to_message(self.policy))
+        signature.encode_state(request.initial_state, self.initial_state or {})
+        return request
+
+
+def infer_request(
+    signature: Signature, inputs: object, lengths: Sequence[int] | None, version: str, max_message_bytes: int
+) -> InferRequest:
+    """Raises `InvalidArgument` for inputs that do not fit, `ResourceExhausted` for a message over the limit."""
+    request = InferRequest(model=signature.model, version=version)
+    request.lengths.extend(map(int, lengths if lengths is not None else ()))
+    signature.encode_batch(request.tensors, inputs)
+    if (size := request.ByteSize()) > max_message_bytes:
+        raise ResourceExhausted(
+            f"a call of {size} bytes is over max_message_bytes ({max_message_bytes}); send fewer rows, or raise it "
+            "here and on the server"
+        )
+    return request
