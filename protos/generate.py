@@ -20,7 +20,9 @@ PACKAGE = ROOT / "carousel_protos" / "v1"
 def generate(into: Path) -> dict[str, str]:
     sources = sorted(ROOT.glob("carousel/v1/*.proto"))
     googleapis = Path(status_pb2.__file__).parents[2]
-    mypy_plugins = [f"--plugin={Path(sys.executable).parent / name}" for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")]
+    mypy_plugins = [
+        f"--plugin={Path(sys.executable).parent / name}" for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")
+    ]
     arguments = ["protoc", *mypy_plugins, f"-I{ROOT}", f"-I{googleapis}", f"-I{files('grpc_tools') / '_proto'}"]
     arguments += [f"--{kind}_out={into}" for kind in ("python", "mypy", "grpc_python", "mypy_grpc")]
     if protoc.main([*arguments, *map(str, sources)]) != 0:

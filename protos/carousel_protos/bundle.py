@@ -39,7 +39,8 @@ class Bundle:
             text = (path / MANIFEST).read_text(encoding="utf-8")
         except OSError as error:
             raise BundleError(
-                f"no bundle at {path}: {MANIFEST} cannot be read ({error.strerror}); give the folder <models>/<name>/<version>"
+                f"no bundle at {path}: {MANIFEST} cannot be read ({error.strerror}); "
+                "give the folder <models>/<name>/<version>"
             ) from error
         try:
             manifest = json_format.Parse(text, Manifest())
@@ -53,7 +54,9 @@ class Bundle:
         for entry in manifest.files:
             file = bundle.file(entry.path)
             if check and sha256(file) != entry.sha256:
-                raise BundleError(f"{file} is not the file that was exported (its sha256 differs); export the model again")
+                raise BundleError(
+                    f"{file} is not the file that was exported (its sha256 differs); export the model again"
+                )
         return bundle
 
     def file(self, name: str) -> Path:
@@ -67,7 +70,7 @@ class Bundle:
             raise BundleError(f"{path} is missing; export the model again")
         return path
 
-    def graph(self, kind: PolicyKind, variant: str = "float32") -> Graph:
+    def graph(self, kind: PolicyKind.ValueType, variant: str = "float32") -> Graph:
         """The graph that computes a policy in a variant."""
         for graph in self.manifest.graphs:
             if kind in graph.policies and graph.variant == variant:
@@ -76,7 +79,7 @@ class Bundle:
 
 
 class BundleWriter:
-    """Writes a bundle into a temporary folder beside its place; `commit` renames it there, so none is ever half-written.
+    """Writes a bundle into a temporary folder; `commit` renames it into its place, so none is ever half-written.
 
     Used as a context manager: left without `commit`, nothing stays.
     """
@@ -84,7 +87,9 @@ class BundleWriter:
     def __init__(self, models: str | Path, name: str, version: str | None = None) -> None:
         for what, value in (("name", name), ("version", version or "1")):
             if not _NAME.fullmatch(value):
-                raise BundleError(f"{what} {value!r} is not allowed: letters, digits, '.', '_' and '-', a letter or digit first")
+                raise BundleError(
+                    f"{what} {value!r} is not allowed: letters, digits, '.', '_' and '-', a letter or digit first"
+                )
         self.parent = Path(models) / name
         self.name = name
         if version is None:
@@ -112,7 +117,9 @@ class BundleWriter:
         try:
             self.path.rename(self.target)
         except OSError as error:
-            raise BundleError(f"{self.target} appeared while it was written ({error.strerror}); export again") from error
+            raise BundleError(
+                f"{self.target} appeared while it was written ({error.strerror}); export again"
+            ) from error
         return Bundle(self.target, manifest)
 
     def __exit__(
@@ -126,7 +133,9 @@ class BundleWriter:
 def find_versions(model: Path) -> list[str]:
     """The versions in a model's folder, oldest first: numbers by value, then other names by their text."""
     found = [path.parent.name for path in model.glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")]
-    return sorted(found, key=lambda version: (not version.isdecimal(), int(version) if version.isdecimal() else 0, version))
+    return sorted(
+        found, key=lambda version: (not version.isdecimal(), int(version) if version.isdecimal() else 0, version)
+    )
 
 
 def newest_version(model: Path) -> Path:

@@ -1,0 +1,66 @@
+"""The server's settings: frozen, typed, checked once. The command line fills it in."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from carousel_server.errors import ConfigError
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Bounds on what clients may ask for. Raises `ConfigError` for one that is not positive."""
+
+    max_sessions: int = 10_000
+    # Bytes of one gRPC message, either way.
+    max_message_bytes: int = 4 * 1024 * 1024
+    # Frames of one chunk, or of one row of an Infer request.
+    max_chunk_frames: int = 10_000
+    # Frames that a session may hold that were not run yet: the whole sequence under `full`.
+    max_buffered_frames: int = 100_000
+    # Chunks of a session that wait for their answer.
+    max_pending_chunks: int = 64
+    # Rows of Infer requests that wait for a step, over all requests to a model.
+    max_pending_rows: int = 4_096
+    # Rows of one step.
+    max_batch: int = 64
+    # Frames of a causal chunk that are run at once; a longer chunk takes several steps.
+    max_block_frames: int = 512
+    # Seconds after which a session that nobody uses is forgotten.
+    idle_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value <= 0:
+                raise ConfigError(f"{name} is {value}: it must be greater than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig(Limits):
+    """`carousel serve`'s settings."""
+
+    models: Path
+    listen: str = "127.0.0.1:8001"
+    device: Device = "cpu"
+    # onnxruntime's intra-op threads; 0 leaves the choice to the server.
+    threads: int = 0
+    # Seconds that open sessions are given to finish after SIGTERM.
+    drain_timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.device not in ("cpu", "cuda"):
+            raise ConfigError(f"device is {self.device!r}: it must be 'cpu' or 'cuda'")
+        if self.threads < 0 or self.drain_timeout_s < 0:
+            raise ConfigError("threads and drain_timeout_s must be 0 or greater")
+        for name in Limits.__dataclass_fields__:
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be greater than 0")
+        if not self.models.is_dir():
+            raise ConfigError(
+                f"there is no model folder {self.models}: give the folder that `carousel export --out` wrote to"
+            )
+        host, _, port = self.listen.rpartition(":")
+        if not host or not port.isdecimal() or int(port) > 65535:
+            raise ConfigError(f"listen is {self.listen!r}: it must be HOST:PORT, such as 127.0.0.1:8001")

@@ -1,0 +1,169 @@
+"""The models on disk and those that are served."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from carousel_protos import Bundle, BundleError, find_versions
+from carousel_protos.v1.carousel_pb2 import ModelState
+from carousel_server.config import ServerConfig
+from carousel_server.engine.golden import replay
+from carousel_server.engine.model import Model
+from carousel_server.engine.session import Session
+from carousel_server.errors import LoadError, ModelLoadingError, ModelNotFoundError, SessionsOpenError
+
+log = logging.getLogger("carousel")
+
+
+@dataclass
+class Entry:
+    """A version of a model. `model` is there while it is served."""
+
+    name: str
+    version: str
+    state: ModelState.ValueType = ModelState.MODEL_STATE_AVAILABLE
+    reason: str = ""
+    model: Model | None = None
+    # Loading it, then turning its steps.
+    task: asyncio.Task[None] | None = field(default=None, repr=False)
+
+
+class Catalogue:
+    """What lies under the models folder, by name and version; versions in their order."""
+
+    def __init__(self, config: ServerConfig, *, on_closed: Callable[[Session], None]) -> None:
+        self._config = config
+        self._on_closed = on_closed
+        self._entries: dict[str, dict[str, Entry]] = {}
+        # Told of every model's name whose states changed.
+        self.on_change: Callable[[str], None] = lambda _: None
+
+    def entries(self, name: str = "") -> list[Entry]:
+        """All versions, or those of one model. Raises `ModelNotFoundError` for a name that is not there."""
+        self._scan()
+        if name and name not in self._entries:
+            raise ModelNotFoundError(
+                f"there is no model {name!r}; there is {', '.join(self._entries) or 'none'}", model=name
+            )
+        return [
+            entry for known in ([name] if name else self._entries) for entry in self._entries.get(known, {}).values()
+        ]
+
+    def entry(self, name: str, version: str = "") -> Entry:
+        """One version; without a version the newest that is served, or else the newest."""
+        entries = self.entries(name)
+        if not version:
+            return ([entry for entry in entries if entry.model is not None] or entries)[-1]
+        for entry in entries:
+            if entry.version == version:
+                return entry
+        known = ", ".join(entry.version for entry in entries)
+        raise ModelNotFoundError(f"model {name!r} has no version {version!r}; it has {known}", model=name)
+
+    def get(self, name: str, version: str = "") -> Model:
+        """A model to be used. Raises `ModelNotFoundError`, `ModelLoadingError`."""
+        entry = self.entry(name, version)
+        if entry.model is not None:
+            return entry.model
+        if entry.state == ModelState.MODEL_STATE_LOADING:
+            raise ModelLoadingError(f"model {name!r} is loading; try again", model=name, retry_after_s=1.0)
+        why = f" ({entry.reason})" if entry.reason else ""
+        raise ModelNotFoundError(f"version {entry.version} of model {name!r} is not loaded{why}", model=name)
+
+    def _scan(self) -> None:
+        folders = [path for path in self._config.models.iterdir() if path.is_dir() and not path.name.startswith(".")]
+        for folder in sorted(folders):
+            known = self._entries.get(folder.name, {})
+            found = find_versions(folder)
+            kept = {version: known.get(version) or Entry(folder.name, version) for version in found}
+            kept |= {version: entry for version, entry in known.items() if entry.model is not None}
+            self._entries[folder.name] = kept
+        self._entries = {name: versions for name, versions in self._entries.items() if versions}
+
+    async def load_newest(self) -> None:
+        """Load the newest version of every model; one that fails is marked so and stops no other."""
+        names = {entry.name for entry in self.entries()}
+        for name in sorted(names):
+            entry = self.entries(name)[-1]
+            try:
+                await self.load(entry.name, entry.version)
+            except LoadError as error:
+                log.error("%s", error)
+
+    async def load(self, name: str, version: str = "") -> Entry:
+        """Load a version, the newest where none is named, and prove it. Raises `ModelNotFoundError`, `LoadError`."""
+        entry = self.entry(name, version) if version else self.entries(name)[-1]
+        if entry.model is not None:
+            return entry
+        if entry.state == ModelState.MODEL_STATE_LOADING:
+            raise ModelLoadingError(f"version {entry.version} of model {name!r} is loading already", retry_after_s=1.0)
+        self._mark(entry, ModelState.MODEL_STATE_LOADING)
+        try:
+            model = await asyncio.to_thread(self._build, self._config.models / name / entry.version)
+        except (BundleError, LoadError) as error:
+            self._mark(entry, ModelState.MODEL_STATE_FAILED, str(error))
+            raise LoadError(
+                f"version {entry.version} of model {name!r} is not served: {error}", model=name, version=entry.version
+            ) from error
+        except BaseException as error:
+            self._mark(entry, ModelState.MODEL_STATE_FAILED, f"loading broke off: {type(error).__name__}")
+            raise
+        entry.model = model
+        entry.task = asyncio.create_task(model.turn_forever(), name=f"steps of {name}/{entry.version}")
+        entry.task.add_done_callback(_report)
+        self._mark(entry, ModelState.MODEL_STATE_SERVING)
+        log.info("serving %s version %s on %s", name, entry.version, self._config.device)
+        return entry
+
+    def _build(self, path: Path) -> Model:
+        bundle = Bundle.open(path)
+        model = Model(bundle, device=self._config.device, threads=self._config.threads, limits=self._config)
+        for checked in replay(model, bundle):
+            if not checked.ok:
+                raise LoadError(
+                    f"{checked.output!r} under {checked.policy} is {checked.max_abs_error:.3g} off the eager model's "
+                    f"answers, {checked.tolerance:.3g} is allowed; run `carousel verify {path}`"
+                )
+        model.forget_counts()
+        model.on_closed = self._on_closed
+        return model
+
+    async def unload(self, name: str, version: str = "") -> list[Entry]:
+        """Serve a version, or every version, no more. Raises `SessionsOpenError` where sessions are on it."""
+        entries = [self.entry(name, version)] if version else self.entries(name)
+        for entry in entries:
+            if entry.model is not None and entry.model.open_sessions:
+                raise SessionsOpenError(
+                    f"{entry.model.open_sessions} sessions are on version {entry.version} of {name!r}; close them first"
+                )
+        for entry in entries:
+            if entry.model is not None:
+                await self._stop(entry)
+        return entries
+
+    async def shut(self) -> None:
+        """End every model after its running step."""
+        for versions in self._entries.values():
+            for entry in versions.values():
+                if entry.model is not None:
+                    await self._stop(entry)
+
+    async def _stop(self, entry: Entry) -> None:
+        model, entry.model = entry.model, None
+        assert model is not None
+        assert entry.task is not None
+        self._mark(entry, ModelState.MODEL_STATE_AVAILABLE)
+        entry.task.cancel()
+        await asyncio.wait([entry.task])
+        await asyncio.to_thread(model.shut)
+
+    def _mark(self, entry: Entry, state: ModelState.ValueType, reason: str = "") -> None:
+        entry.state, entry.reason = state, reason
+        self.on_change(entry.name)
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("%s stopped", task.get_name(), exc_info=error)

@@ -1,0 +1,95 @@
+"""The engine: models and sessions together, for whatever process hosts them. asyncio, and no gRPC."""
+
+import asyncio
+import time
+
+from numpy import int32
+from numpy.typing import NDArray
+
+from carousel_protos.v1.manifest_pb2 import Policy
+from carousel_server.config import ServerConfig
+from carousel_server.engine.catalogue import Catalogue
+from carousel_server.engine.model import Model
+from carousel_server.engine.session import Session, Sink
+from carousel_server.engine.sessions import Sessions
+from carousel_server.engine.spec import Array
+from carousel_server.errors import DrainingError
+
+# Seconds between two looks for idle sessions, at most.
+_SWEEP_S = 5.0
+
+
+class Engine:
+    """Use within one event loop: `start`, then any of the others, then `drain` and `stop`."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+        self.sessions = Sessions(config)
+        self.catalogue = Catalogue(config, on_closed=self.sessions.forget)
+        self.draining = False
+        self._sweeper: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Load the newest version of each model, one after the other."""
+        self._sweeper = asyncio.create_task(self._sweep(), name="expiry")
+        await self.catalogue.load_newest()
+
+    def open(
+        self,
+        sink: Sink,
+        *,
+        session_id: str,
+        model: str,
+        version: str,
+        policy: Policy | None,
+        resume: bool,
+        initial_state: dict[str, Array],
+    ) -> tuple[Session, Model]:
+        """A new session, or with `resume` one that is there, whose answers go to `sink`."""
+        now = time.monotonic()
+        if resume:
+            resident = self.sessions.resume(session_id, sink, now)
+            return resident.session, resident.model
+        if self.draining:
+            raise DrainingError("this server is stopping; open the session on another", retry_after_s=1.0)
+        served = self.catalogue.get(model, version)
+        return self.sessions.open(served, session_id, policy, initial_state, sink, now).session, served
+
+    def submit(self, sink: Sink, session_id: str, index: int, tensors: dict[str, Array], *, end: bool) -> None:
+        """The session's next chunk, its arrays `[frames, …]` by input name; the answer goes to the sink."""
+        resident = self.sessions.use(session_id, sink, time.monotonic())
+        resident.model.submit(resident.session, index, tensors, end=end)
+
+    def close(self, sink: Sink, session_id: str) -> bool:
+        """Close once all is answered, which the sink is told; True where it was closed before, and the sink is not."""
+        return self.sessions.close(session_id, sink, time.monotonic())
+
+    def detach(self, sink: Sink) -> None:
+        """A stream has ended: its sessions stay, until they are resumed or expire."""
+        self.sessions.detach(sink)
+
+    async def infer(
+        self, model: str, version: str, tensors: dict[str, Array], lengths: NDArray[int32] | None
+    ) -> tuple[dict[str, Array], str]:
+        """Outputs by name for whole sequences `[batch, time, …]`, and the version that gave them."""
+        served = self.catalogue.get(model, version)
+        return await served.infer(tensors, lengths), served.version
+
+    async def drain(self) -> None:
+        """Take no new sessions; come back once no stream holds a session, or the deadline of the settings is over."""
+        self.draining = True
+        deadline = time.monotonic() + self._config.drain_timeout_s
+        # Polled: it happens once in a process's life, and sessions need no event for it.
+        while self.sessions.attached and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+    async def stop(self) -> None:
+        """End every model after its running step."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        await self.catalogue.shut()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(min(_SWEEP_S, self._config.idle_timeout_s / 4))
+            self.sessions.expire(time.monotonic())

@@ -1,0 +1,56 @@
+"""Frames of a session that wait: chunks as they came, viewed and not copied until a step gathers them."""
+
+from collections import deque
+from collections.abc import Iterator
+
+from carousel_server.engine.spec import Array
+
+# One array for each model input, and the frames [start, stop) of them.
+Piece = tuple[tuple[Array, ...], int, int]
+
+
+class Frames:
+    """A queue of frames, one array for each model input `[frames, …]` in every chunk."""
+
+    def __init__(self) -> None:
+        self._chunks: deque[tuple[tuple[Array, ...], int]] = deque()
+        self._skip = 0
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def push(self, arrays: tuple[Array, ...], frames: int) -> None:
+        if frames:
+            self._chunks.append((arrays, frames))
+            self._count += frames
+
+    def pieces(self, start: int, count: int) -> list[Piece]:
+        """Where the frames [start, start + count) lie."""
+        return list(self._pieces(start + self._skip, count))
+
+    def _pieces(self, start: int, count: int) -> Iterator[Piece]:
+        for arrays, frames in self._chunks:
+            if count <= 0:
+                return
+            if start < frames:
+                stop = min(frames, start + count)
+                yield arrays, start, stop
+                count -= stop - start
+                start = 0
+            else:
+                start -= frames
+
+    def drop_first(self, count: int) -> None:
+        self._count -= count
+        self._skip += count
+        while self._chunks and self._skip >= self._chunks[0][1]:
+            self._skip -= self._chunks.popleft()[1]
+
+    def drop_last(self, count: int) -> None:
+        """Forget the newest frames; chunks are forgotten whole."""
+        while count > 0:
+            _, frames = self._chunks.pop()
+            count -= frames
+            self._count -= frames
+        assert count == 0, "only whole chunks are taken back"

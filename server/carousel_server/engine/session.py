@@ -1,0 +1,245 @@
+"""A session: puts chunks in order, answers a repeated one from memory, cuts blocks, and gathers each chunk's answer.
+
+It is pure: no clock, no I/O, no model. A chunk counts as done when it is answered; until then its frames stay, and the
+state before it can be put back, so a failure moves nothing.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from carousel_server.config import Limits
+from carousel_server.engine.frames import Frames, Piece
+from carousel_server.engine.policy import CAUSAL, FULL, Blocking
+from carousel_server.engine.spec import Array, Port
+from carousel_server.errors import (
+    CarouselError,
+    IndexGapError,
+    QueueFullError,
+    SessionClosedError,
+    TooLargeError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One chunk's answer: the frames [first_frame, first_frame + frames) that became final with it.
+
+    `data` has one entry for each output: little-endian bytes of `[frames, …]`, or of `[…]` for an output with one value
+    a sequence, None while there is no such value.
+    """
+
+    session_id: str
+    index: int
+    first_frame: int
+    frames: int
+    data: tuple[bytes | None, ...]
+
+    def arrays(self, outputs: Sequence[Port]) -> dict[str, Array]:
+        """The outputs by name, `[frames, …]` or `[…]`, viewed in place."""
+        return {
+            port.name: np.frombuffer(data, port.dtype).reshape(
+                (self.frames, *port.item) if port.per_frame else port.item
+            )
+            for port, data in zip(outputs, self.data, strict=True)
+            if data is not None
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Something asked of a session that was refused; `index` is the chunk it is about, if it is about one."""
+
+    session_id: str
+    error: CarouselError
+    index: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The session has ended at its client's wish, with everything answered before."""
+
+    session_id: str
+
+
+Event = Result | Failure | Closed
+
+
+class Sink(Protocol):
+    """Where a session's answers go; it must not block, and may be called many times in a row."""
+
+    def deliver(self, event: Event) -> None: ...
+
+
+@dataclass(slots=True)
+class _Pending:
+    index: int
+    frames: int
+    # Frames received, and frames final, once this chunk counts.
+    received: int
+    final: int
+    end: bool
+    # The outputs of its blocks so far, one tuple a block.
+    blocks: list[tuple[bytes, ...]] = field(default_factory=list)
+
+
+class Session:
+    """One stream of frames through one model, and its place in it. Counts are frames unless they say otherwise."""
+
+    def __init__(
+        self, session_id: str, outputs: Sequence[Port], blocking: Blocking, *, graph: str, slot: int, limits: Limits
+    ) -> None:
+        self.id = session_id
+        self.blocking = blocking
+        self.graph = graph
+        self.slot = slot
+        self.epoch = 1
+        self.sink: Sink | None = None
+        # In the scheduler's queue or in a step; the model sets it.
+        self.queued = False
+        self.closed = False
+        # The state rows before the first block of the oldest pending chunk, kept once that chunk needs a second block.
+        self.rollback: list[Array] | None = None
+        self._outputs = outputs
+        self._limits = limits
+        self._closing = False
+        self._frames = Frames()
+        self._pending: deque[_Pending] = deque()
+        self._next_index = 0
+        self._received = 0
+        self._answered = 0  # frames whose answer was given; the frames kept start here
+        self._run = 0
+        self._ended = False
+        self._last: Result | None = None
+        self._value: tuple[bytes | None, ...] = (None,) * len(outputs)
+
+    @property
+    def next_index(self) -> int:
+        return self._next_index
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits for an answer."""
+        return not self._pending
+
+    @property
+    def due(self) -> bool:
+        """A block can be run."""
+        return not self.closed and bool(self._pending) and self._run < self._pending[0].final
+
+    def accept(self, index: int, tensors: tuple[Array, ...], frames: int, *, end: bool) -> None:
+        """Take the next chunk, or answer the last one again.
+
+        Raises `IndexGapError`, `SessionClosedError`, `QueueFullError`, `TooLargeError`; then nothing was taken.
+        """
+        if index == self._next_index - 1:
+            if self._last is not None and self._last.index == index:
+                self._deliver(self._last)
+            return  # not answered yet: its answer is on the way
+        if index != self._next_index:
+            raise IndexGapError(
+                f"session {self.id} expects chunk {self._next_index} and got {index}; send from {self._next_index}",
+                expected_index=self._next_index,
+            )
+        if self._closing or self._ended:
+            raise SessionClosedError(f"session {self.id} has ended; open a new one", expected_index=self._next_index)
+        if len(self._pending) >= self._limits.max_pending_chunks:
+            raise QueueFullError(
+                f"session {self.id} has {self._limits.max_pending_chunks} chunks waiting; send on after an answer",
+                retry_after_s=0.05,
+                expected_index=self._next_index,
+            )
+        if (held := len(self._frames) + frames) > self._limits.max_buffered_frames:
+            raise TooLargeError(
+                f"session {self.id} would hold {held} frames and {self._limits.max_buffered_frames} are allowed; "
+                "send on after an answer, or end the sequence earlier"
+            )
+        self._frames.push(tensors, frames)
+        self._received += frames
+        self._next_index += 1
+        self._ended = end
+        final = self.blocking.final(self._received, ended=end)
+        self._pending.append(_Pending(index, frames, self._received, final, end))
+        self._answer()
+
+    def next_block(self) -> tuple[int, int]:
+        """Frames and ahead frames of the block that is due."""
+        chunk = self._pending[0]
+        if self.blocking.block or self.blocking.kind == FULL:
+            return self.blocking.cut(self._received - self._run)
+        waiting = chunk.received - self._run
+        return (min(waiting, self._limits.max_block_frames) if self.blocking.kind == CAUSAL else waiting), 0
+
+    def pieces(self, start: int, count: int) -> list[Piece]:
+        """Where the inputs of frames [start, start + count) after those that were run lie."""
+        return self._frames.pieces(self._run - self._answered + start, count)
+
+    def completes(self, frames: int) -> bool:
+        """Whether a block of `frames` is the last one that the oldest pending chunk needs."""
+        return self._run + frames >= self._pending[0].final
+
+    def commit(self, frames: int, outputs: tuple[bytes, ...]) -> None:
+        """Take a block's outputs, `[frames, …]` or `[…]` each, once its state is in place; answer what is settled."""
+        self._run += frames
+        self._pending[0].blocks.append(outputs)
+        self._answer()
+
+    def close(self) -> None:
+        """Close once everything that waits is answered; at once if nothing does."""
+        self._closing = True
+        self._settle()
+
+    def drop(self) -> None:
+        """Close at once; what waits is forgotten."""
+        self.closed = True
+        self._pending.clear()
+        self.sink = None
+
+    def _settle(self) -> None:
+        if self._closing and not self._pending and not self.closed:
+            self.closed = True
+            self._deliver(Closed(self.id))
+
+    def fail(self, error: CarouselError) -> None:
+        """Refuse the oldest pending chunk, and those after it, as if they had never come."""
+        refused = list(self._pending)
+        self._pending.clear()
+        self._frames.drop_last(sum(chunk.frames for chunk in refused))
+        self._received -= sum(chunk.frames for chunk in refused)
+        self._run = self._answered
+        self._next_index = refused[0].index
+        self._ended = False
+        self._deliver(Failure(self.id, error, refused[0].index))
+        for chunk in refused[1:]:
+            gap = IndexGapError(
+                f"chunk {chunk.index} of session {self.id} was dropped with chunk {refused[0].index}; "
+                f"send from {refused[0].index}",
+                expected_index=refused[0].index,
+            )
+            self._deliver(Failure(self.id, gap, chunk.index))
+        self._settle()
+
+    def _answer(self) -> None:
+        while self._pending and self._run >= self._pending[0].final:
+            chunk = self._pending.popleft()
+            frames = self._run - self._answered
+            self._frames.drop_first(frames)
+            data = tuple(self._join(position, port, chunk.blocks) for position, port in enumerate(self._outputs))
+            self._last = Result(self.id, chunk.index, self._answered, frames, data)
+            self._answered = self._run
+            self._value = data
+            self.rollback = None
+            self._deliver(self._last)
+        self._settle()
+
+    def _join(self, position: int, port: Port, blocks: list[tuple[bytes, ...]]) -> bytes | None:
+        if port.per_frame:
+            return blocks[0][position] if len(blocks) == 1 else b"".join(block[position] for block in blocks)
+        return blocks[-1][position] if blocks else self._value[position]
+
+    def _deliver(self, event: Event) -> None:
+        if self.sink is not None:
+            self.sink.deliver(event)

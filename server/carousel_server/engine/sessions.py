@@ -1,0 +1,172 @@
+"""Who is there: sessions by id, whose stream holds them, and how those that are gone went."""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from uuid import uuid4
+
+from carousel_protos.v1.manifest_pb2 import Policy
+from carousel_server.config import Limits
+from carousel_server.engine.model import Model
+from carousel_server.engine.session import Failure, Session, Sink
+from carousel_server.engine.spec import Array
+from carousel_server.errors import (
+    AlreadyExistsError,
+    CarouselError,
+    FencedError,
+    InvalidError,
+    SessionClosedError,
+    SessionDetachedError,
+    SessionExpiredError,
+    SessionNotFoundError,
+    TooManySessionsError,
+)
+
+_ID_LENGTH = 128
+# Sessions that are gone and still known by name, in multiples of those that may be open.
+_TOMBSTONES = 4
+
+
+@dataclass(slots=True)
+class Resident:
+    """A session in memory. `last_used` is in seconds of the caller's clock."""
+
+    session: Session
+    model: Model
+    last_used: float
+
+
+class Sessions:
+    """All sessions of a server. Time is passed in."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._residents: dict[str, Resident] = {}
+        self._held: dict[Sink, dict[str, Session]] = {}
+        self._gone: OrderedDict[str, CarouselError] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._residents)
+
+    @property
+    def attached(self) -> int:
+        """Sessions that a stream holds."""
+        return sum(map(len, self._held.values()))
+
+    def open(
+        self,
+        model: Model,
+        session_id: str,
+        policy: Policy | None,
+        initial_state: dict[str, Array],
+        sink: Sink,
+        now: float,
+    ) -> Resident:
+        """A new session; an empty id is replaced by a new one.
+
+        Raises `AlreadyExistsError`, `InvalidError`, `TooManySessionsError`, and what `Model.open` raises.
+        """
+        session_id = session_id or uuid4().hex
+        if len(session_id) > _ID_LENGTH or not session_id.isprintable():
+            raise InvalidError(f"a session id has at most {_ID_LENGTH} printable characters")
+        if session_id in self._residents:
+            raise AlreadyExistsError(f"session {session_id} is open already; resume it, or choose another id")
+        if len(self._residents) >= self._limits.max_sessions:
+            raise TooManySessionsError(
+                f"{len(self._residents)} sessions are open and no more are allowed; close some, or try later",
+                retry_after_s=1.0,
+            )
+        session = model.open(session_id, policy, initial_state)
+        self._attach(session, sink)
+        self._gone.pop(session_id, None)
+        resident = self._residents[session_id] = Resident(session, model, now)
+        return resident
+
+    def resume(self, session_id: str, sink: Sink, now: float) -> Resident:
+        """Take up a session for another stream; the stream that held it is told that it is fenced."""
+        resident = self._find(session_id)
+        session = resident.session
+        if session.sink is not None and session.sink is not sink:
+            session.sink.deliver(Failure(session.id, FencedError(f"a newer stream resumed session {session.id}")))
+        self._loose(session)
+        self._attach(session, sink)
+        session.epoch += 1
+        resident.last_used = now
+        return resident
+
+    def use(self, session_id: str, sink: Sink, now: float) -> Resident:
+        """The session, for something that its own stream asks of it.
+
+        Raises `SessionNotFoundError`, `SessionExpiredError`, `SessionClosedError`, `FencedError`,
+        `SessionDetachedError`.
+        """
+        resident = self._find(session_id)
+        if resident.session.sink is not sink:
+            if resident.session.sink is None:
+                raise SessionDetachedError(f"no stream holds session {session_id}; open it with resume first")
+            raise FencedError(f"another stream holds session {session_id}; resume it to take it over")
+        resident.last_used = now
+        return resident
+
+    def close(self, session_id: str, sink: Sink, now: float) -> bool:
+        """Close a session once all that waits is answered; True where it was closed before."""
+        if isinstance(self._gone.get(session_id), SessionClosedError):
+            return True
+        resident = self.use(session_id, sink, now)
+        resident.session.close()
+        if resident.session.closed:
+            self.forget(resident.session)
+            resident.model.release(resident.session)
+        return False
+
+    def forget(self, session: Session) -> None:
+        """A session has closed; a late word to it is told so. One that expired before stays expired."""
+        if session.id in self._residents:
+            self._bury(session.id, SessionClosedError(f"session {session.id} was closed; open a new one"))
+
+    def idle(self, sink: Sink) -> bool:
+        """Whether no session that this stream holds waits for an answer."""
+        return all(session.idle for session in self._held.get(sink, {}).values())
+
+    def detach(self, sink: Sink) -> None:
+        """A stream has ended: its sessions stay, until they are resumed or expire."""
+        for session in self._held.pop(sink, {}).values():
+            session.sink = None
+
+    def expire(self, now: float) -> int:
+        """Forget the sessions that were idle for too long; how many these were."""
+        limit = self._limits.idle_timeout_s
+        expired = [
+            resident
+            for resident in self._residents.values()
+            if resident.session.idle and now - resident.last_used >= limit
+        ]
+        for resident in expired:
+            session = resident.session
+            error = SessionExpiredError(f"session {session.id} expired after {limit:g} s without use; open a new one")
+            if session.sink is not None:
+                session.sink.deliver(Failure(session.id, error))
+            self._bury(session.id, error)
+            resident.model.release(session)
+        return len(expired)
+
+    def _find(self, session_id: str) -> Resident:
+        if (resident := self._residents.get(session_id)) is not None:
+            return resident
+        if (error := self._gone.get(session_id)) is not None:
+            raise type(error)(str(error))
+        raise SessionNotFoundError(f"there is no session {session_id!r}; open one first")
+
+    def _attach(self, session: Session, sink: Sink) -> None:
+        session.sink = sink
+        self._held.setdefault(sink, {})[session.id] = session
+
+    def _loose(self, session: Session) -> None:
+        if session.sink is not None:
+            del self._held[session.sink][session.id]
+            session.sink = None
+
+    def _bury(self, session_id: str, error: CarouselError) -> None:
+        self._loose(self._residents.pop(session_id).session)
+        self._gone[session_id] = error
+        while len(self._gone) > _TOMBSTONES * self._limits.max_sessions:
+            self._gone.popitem(last=False)

@@ -1,0 +1,105 @@
+"""What a model takes and gives, read from its manifest once."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from carousel_protos.v1.manifest_pb2 import DataType, Manifest, TensorSpec
+from carousel_server.errors import TensorError, TooLargeError
+
+Array = NDArray[Any]
+
+
+def numpy_dtype(dtype: DataType.ValueType) -> np.dtype[Any]:
+    """The little-endian NumPy dtype of a wire dtype. Raises `TensorError` for one that is not known."""
+    if dtype not in DataType.values() or dtype == DataType.DATA_TYPE_UNSPECIFIED:
+        raise TensorError(f"dtype {dtype} is not one of carousel.v1.DataType")
+    return np.dtype(DataType.Name(dtype).removeprefix("DATA_TYPE_").lower()).newbyteorder("<")
+
+
+def describe(dtype: np.dtype[Any], shape: tuple[int | str, ...]) -> str:
+    return f"{dtype.name} [{', '.join(map(str, shape))}]"
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output: the shape of one frame, or of one sequence's value where there is no time axis."""
+
+    name: str
+    dtype: np.dtype[Any]
+    item: tuple[int, ...]
+    per_frame: bool
+
+    @classmethod
+    def read(cls, spec: TensorSpec) -> "Port":
+        item = tuple(int(dim) for dim in spec.dims if dim not in ("batch", "time"))
+        return cls(spec.name, numpy_dtype(spec.dtype), item, "time" in spec.dims)
+
+    def check(self, array: Array, where: str, leading: tuple[str, ...] = ("frames",)) -> None:
+        """Raise `TensorError` unless `array` is dtype `[*leading, *item]` and every float in it is finite."""
+        if array.dtype != self.dtype or array.shape[len(leading) :] != self.item or array.ndim < len(leading):
+            wanted = describe(self.dtype, (*leading, *self.item))
+            raise TensorError(
+                f"tensor {self.name!r} of {where} is {describe(array.dtype, array.shape)}; wanted {wanted}",
+                tensor=self.name,
+            )
+        if self.dtype.kind == "f" and not np.isfinite(array).all():
+            raise TensorError(
+                f"tensor {self.name!r} of {where} has values that are not finite; send numbers only", tensor=self.name
+            )
+
+
+@dataclass(frozen=True)
+class State:
+    """A recurrent tensor: one row `[layers × directions, size]` a session, in under one name and out under another."""
+
+    input: str
+    output: str
+    dtype: np.dtype[Any]
+    row: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    states: tuple[State, ...]
+    lengths: str
+    ragged: bool
+
+    @classmethod
+    def read(cls, manifest: Manifest) -> "ModelSpec":
+        return cls(
+            tuple(Port.read(spec) for spec in manifest.inputs),
+            tuple(Port.read(spec) for spec in manifest.outputs),
+            tuple(
+                State(spec.input, spec.output, numpy_dtype(spec.dtype), tuple(int(dim) for dim in spec.dims[1:]))
+                for spec in manifest.states
+            ),
+            manifest.lengths,
+            manifest.ragged,
+        )
+
+    def check_chunk(self, tensors: dict[str, Array], *, end: bool, where: str, max_frames: int) -> int:
+        """The number of frames of a chunk whose tensors all fit. Raises `TensorError` or `TooLargeError`."""
+        if end and not tensors:
+            return 0
+        self.check_names(tensors, where)
+        for port in self.inputs:
+            port.check(tensors[port.name], where)
+        frames = {port.name: len(tensors[port.name]) for port in self.inputs}
+        if len(set(frames.values())) > 1:
+            raise TensorError(f"the tensors of {where} differ in their frames ({frames}); send the same number of each")
+        count = next(iter(frames.values()))
+        if count == 0 and not end:
+            raise TensorError(f"{where} has no frames; only a chunk with `end` may be empty")
+        if count > max_frames:
+            raise TooLargeError(f"{where} has {count} frames and {max_frames} are allowed; send shorter chunks")
+        return count
+
+    def check_names(self, tensors: dict[str, Array], where: str) -> None:
+        wanted = {port.name for port in self.inputs}
+        if tensors.keys() != wanted:
+            raise TensorError(f"{where} has the tensors {sorted(tensors)}; wanted {sorted(wanted)}")

@@ -1,0 +1,124 @@
+"""Everything that the server can say no with. `front/status.py` maps the tree to gRPC codes, once."""
+
+
+class CarouselError(Exception):
+    """A refusal or failure that a client is told of.
+
+    The message is one sentence that says what came, what was wanted, and how to mend it. `reason` is stable and goes
+    into google.rpc.ErrorInfo, with `metadata`; `retry_after_s` becomes RetryInfo.
+    """
+
+    reason = "INTERNAL"
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None, **metadata: str | int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        self.metadata = {key: str(value) for key, value in metadata.items()}
+
+
+class NotFoundError(CarouselError):
+    reason = "NOT_FOUND"
+
+
+class ModelNotFoundError(NotFoundError):
+    reason = "MODEL_NOT_FOUND"
+
+
+class SessionNotFoundError(NotFoundError):
+    reason = "SESSION_NOT_FOUND"
+
+
+class SessionExpiredError(NotFoundError):
+    reason = "SESSION_EXPIRED"
+
+
+class AlreadyExistsError(CarouselError):
+    reason = "SESSION_EXISTS"
+
+
+class PreconditionError(CarouselError):
+    reason = "FAILED_PRECONDITION"
+
+
+class IndexGapError(PreconditionError):
+    reason = "INDEX_GAP"
+
+
+class SessionClosedError(PreconditionError):
+    reason = "SESSION_CLOSED"
+
+
+class SessionDetachedError(PreconditionError):
+    reason = "SESSION_DETACHED"
+
+
+class SessionsOpenError(PreconditionError):
+    reason = "SESSIONS_OPEN"
+
+
+class FencedError(CarouselError):
+    reason = "FENCED"
+
+
+class InvalidError(CarouselError):
+    reason = "INVALID_ARGUMENT"
+
+
+class TensorError(InvalidError):
+    reason = "BAD_TENSOR"
+
+
+class PolicyError(InvalidError):
+    reason = "POLICY_NOT_ALLOWED"
+
+
+class InputRejectedError(InvalidError):
+    """The model itself refused this row's values, alone as well as in a batch."""
+
+    reason = "INPUT_REJECTED"
+
+
+class ExhaustedError(CarouselError):
+    reason = "RESOURCE_EXHAUSTED"
+
+
+class TooManySessionsError(ExhaustedError):
+    reason = "TOO_MANY_SESSIONS"
+
+
+class QueueFullError(ExhaustedError):
+    reason = "QUEUE_FULL"
+
+
+class TooLargeError(ExhaustedError):
+    reason = "TOO_LARGE"
+
+
+class UnavailableError(CarouselError):
+    reason = "UNAVAILABLE"
+
+
+class DrainingError(UnavailableError):
+    reason = "DRAINING"
+
+
+class ModelLoadingError(UnavailableError):
+    reason = "MODEL_LOADING"
+
+
+class StepError(CarouselError):
+    """The model's run failed for a reason that is not this input's; the state has not moved."""
+
+    reason = "STEP_FAILED"
+
+
+class LoadError(PreconditionError):
+    """A bundle that cannot be served."""
+
+    reason = "LOAD_FAILED"
+
+
+class ConfigError(CarouselError):
+    """A setting that cannot work; for the operator, never sent to a client."""
+
+    reason = "CONFIG"

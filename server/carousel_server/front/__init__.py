@@ -1,0 +1,1 @@
+"""The front doors: they decode, authorise and answer; all else is the engine's."""

@@ -1,0 +1,80 @@
+"""The native API, `carousel.v1.Carousel`: a thin skin over the engine."""
+
+import time
+from typing import Any
+
+import grpc
+import numpy as np
+
+from carousel_protos.v1 import carousel_pb2 as pb
+from carousel_protos.v1.carousel_pb2_grpc import CarouselServicer
+from carousel_server.engine.catalogue import Entry
+from carousel_server.engine.engine import Engine
+from carousel_server.engine.model import Model
+from carousel_server.front.codec import decode, encode
+from carousel_server.front.stream import Context, StreamCall
+
+Unary = grpc.aio.ServicerContext[Any, Any]
+
+
+class NativeServicer(CarouselServicer):
+    """Answers `carousel.v1.Carousel`; errors are raised as `CarouselError` and mapped by the interceptor."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._calls: set[StreamCall] = set()
+
+    async def Stream(self, request_iterator: Any, context: Context) -> None:  # type: ignore[override]
+        call = StreamCall(self._engine, request_iterator, context)
+        self._calls.add(call)
+        try:
+            await call.serve()
+        finally:
+            self._calls.discard(call)
+
+    def announce(self, drain_s: float) -> None:
+        """Tell every stream that the server will stop."""
+        for call in self._calls:
+            call.going_away(int((time.time() + drain_s) * 1000))
+
+    async def Infer(self, request: pb.InferRequest, context: Unary) -> pb.InferResponse:  # noqa: ARG002
+        spec = self._engine.catalogue.get(request.model, request.version).spec
+        tensors = decode(request.tensors, [port.name for port in spec.inputs])
+        lengths = np.array(request.lengths, np.int32) if request.lengths else None
+        outputs, version = await self._engine.infer(request.model, request.version, tensors, lengths)
+        return pb.InferResponse(tensors=[encode(port, outputs[port.name]) for port in spec.outputs], version=version)
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Unary) -> pb.ListModelsResponse:  # noqa: ARG002
+        return pb.ListModelsResponse(models=map(_status, self._engine.catalogue.entries()))
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Unary) -> pb.GetModelResponse:  # noqa: ARG002
+        entry = self._engine.catalogue.entry(request.model, request.version)
+        if entry.model is None:
+            return pb.GetModelResponse(status=_status(entry))
+        return pb.GetModelResponse(
+            status=_status(entry), manifest=entry.model.manifest, statistics=_statistics(entry.model)
+        )
+
+    async def LoadModel(self, request: pb.LoadModelRequest, context: Unary) -> pb.LoadModelResponse:  # noqa: ARG002
+        return pb.LoadModelResponse(status=_status(await self._engine.catalogue.load(request.model, request.version)))
+
+    async def UnloadModel(self, request: pb.UnloadModelRequest, context: Unary) -> pb.UnloadModelResponse:  # noqa: ARG002
+        entries = await self._engine.catalogue.unload(request.model, request.version)
+        return pb.UnloadModelResponse(models=map(_status, entries))
+
+
+def _status(entry: Entry) -> pb.ModelStatus:
+    return pb.ModelStatus(name=entry.name, version=entry.version, state=entry.state, reason=entry.reason)
+
+
+def _statistics(model: Model) -> pb.Statistics:
+    counted = model.counters
+    return pb.Statistics(
+        steps=counted.steps,
+        rows=counted.rows,
+        frames=counted.frames,
+        padded_frames=counted.padded_frames,
+        open_sessions=model.open_sessions,
+        run_seconds=counted.run_seconds,
+        max_rows=counted.max_rows,
+    )

@@ -1,0 +1,44 @@
+"""The error tree as google.rpc.Status: the one place where a reason meets a gRPC code."""
+
+from google.protobuf.any_pb2 import Any
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.code_pb2 import Code
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from carousel_server.errors import (
+    AlreadyExistsError,
+    CarouselError,
+    ExhaustedError,
+    FencedError,
+    InvalidError,
+    NotFoundError,
+    PreconditionError,
+    UnavailableError,
+)
+
+DOMAIN = "carousel"
+_CODES = {
+    NotFoundError: Code.NOT_FOUND,
+    AlreadyExistsError: Code.ALREADY_EXISTS,
+    PreconditionError: Code.FAILED_PRECONDITION,
+    FencedError: Code.ABORTED,
+    InvalidError: Code.INVALID_ARGUMENT,
+    ExhaustedError: Code.RESOURCE_EXHAUSTED,
+    UnavailableError: Code.UNAVAILABLE,
+}
+
+
+def to_status(error: CarouselError) -> Status:
+    """Code, message, ErrorInfo with the stable reason, and RetryInfo where a retry can help."""
+    code = next((_CODES[kind] for kind in type(error).__mro__ if kind in _CODES), Code.INTERNAL)
+    details = [ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)]
+    if error.retry_after_s is not None:
+        delay = Duration(nanos=round(error.retry_after_s * 1e9) % 10**9, seconds=int(error.retry_after_s))
+        details.append(RetryInfo(retry_delay=delay))
+    status = Status(code=code, message=str(error))
+    for detail in details:
+        packed = Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status

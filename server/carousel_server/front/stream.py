@@ -1,0 +1,153 @@
+"""One `Stream` call: what it asks goes to the engine in order, what is ready leaves together."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+
+import grpc
+
+from carousel_protos.v1.carousel_pb2 import (
+    Chunk,
+    Failed,
+    GoingAway,
+    Open,
+    Opened,
+    RequestItem,
+    ResponseItem,
+    StreamRequest,
+    StreamResponse,
+)
+from carousel_protos.v1.carousel_pb2 import Closed as ClosedMessage
+from carousel_server.engine.engine import Engine
+from carousel_server.engine.session import Event, Failure, Result
+from carousel_server.engine.spec import ModelSpec
+from carousel_server.errors import CarouselError, InvalidError
+from carousel_server.front.codec import decode, encode_result
+from carousel_server.front.interceptor import internal
+from carousel_server.front.status import to_status
+
+# Answers that wait for a slow reader before its requests are no longer read.
+_OUTBOX_ITEMS = 1024
+# Payload bytes of one response message, about; a single answer may be larger.
+_MESSAGE_BYTES = 1024 * 1024
+
+Context = grpc.aio.ServicerContext[StreamRequest, StreamResponse]
+
+
+class StreamCall:
+    """Reads, and beside it writes; it is the sink of the sessions that it holds."""
+
+    def __init__(self, engine: Engine, requests: AsyncIterator[StreamRequest], context: Context) -> None:
+        self._engine = engine
+        self._requests = requests
+        self._context = context
+        self._specs: dict[str, ModelSpec] = {}
+        self._outbox: deque[ResponseItem] = deque()
+        self._filled = asyncio.Event()
+        self._emptied = asyncio.Event()
+        self._half_closed = False
+
+    async def serve(self) -> None:
+        """Until the client has half-closed and has all its answers, or either side breaks off."""
+        reader = asyncio.create_task(self._read(), name="stream reader")
+        try:
+            await self._write()
+            await reader
+        finally:
+            reader.cancel()
+            self._engine.detach(self)
+
+    def deliver(self, event: Event) -> None:
+        if isinstance(event, Result):
+            self._send(ResponseItem(result=encode_result(event, self._specs[event.session_id])))
+        elif isinstance(event, Failure):
+            if event.index is None:  # the session is no longer this stream's
+                self._specs.pop(event.session_id, None)
+            self._send(ResponseItem(failed=_failed(event.session_id, event.error, event.index)))
+        else:
+            self._specs.pop(event.session_id, None)
+            self._send(ResponseItem(closed=ClosedMessage(session_id=event.session_id)))
+
+    def going_away(self, deadline_unix_ms: int) -> None:
+        self._send(ResponseItem(going_away=GoingAway(deadline_unix_ms=deadline_unix_ms)))
+
+    def _send(self, item: ResponseItem) -> None:
+        self._outbox.append(item)
+        self._filled.set()
+
+    async def _read(self) -> None:
+        try:
+            async for request in self._requests:
+                for item in request.items:
+                    self._take(item)
+                while len(self._outbox) > _OUTBOX_ITEMS:
+                    self._emptied.clear()
+                    await self._emptied.wait()
+        finally:
+            self._half_closed = True
+            self._filled.set()
+
+    def _take(self, item: RequestItem) -> None:
+        kind = item.WhichOneof("item")
+        asked = item.open if kind == "open" else item.chunk if kind == "chunk" else item.close
+        try:
+            if kind == "open":
+                self._open(item.open)
+            elif kind == "chunk":
+                self._chunk(item.chunk)
+            elif kind == "close":
+                if self._engine.close(self, item.close.session_id):
+                    self._send(ResponseItem(closed=ClosedMessage(session_id=item.close.session_id)))
+            else:
+                raise InvalidError("a request item holds nothing; put open, chunk or close into it")
+        except CarouselError as error:
+            index = item.chunk.index if kind == "chunk" else None
+            self._send(ResponseItem(failed=_failed(asked.session_id, error, index)))
+        except Exception:  # noqa: BLE001 (one item's fault never ends the stream of the others)
+            self._send(ResponseItem(failed=Failed(session_id=asked.session_id, status=internal())))
+
+    def _open(self, asked: Open) -> None:
+        states = decode(asked.initial_state, ())
+        session, model = self._engine.open(
+            self,
+            session_id=asked.session_id,
+            model=asked.model,
+            version=asked.version,
+            policy=asked.policy if asked.HasField("policy") else None,
+            resume=asked.resume,
+            initial_state=states,
+        )
+        self._specs[session.id] = model.spec
+        opened = Opened(
+            session_id=session.id,
+            epoch=session.epoch,
+            next_index=session.next_index,
+            policy=session.blocking.message(),
+            version=model.version,
+        )
+        self._send(ResponseItem(opened=opened))
+
+    def _chunk(self, chunk: Chunk) -> None:
+        spec = self._specs.get(chunk.session_id)
+        names = [port.name for port in spec.inputs] if spec is not None else []
+        tensors = decode(chunk.tensors, names)
+        self._engine.submit(self, chunk.session_id, chunk.index, tensors, end=chunk.end)
+
+    async def _write(self) -> None:
+        while True:
+            await self._filled.wait()
+            self._filled.clear()
+            while self._outbox:
+                response, size = StreamResponse(), 0
+                while self._outbox and size < _MESSAGE_BYTES:
+                    item = self._outbox.popleft()
+                    size += item.ByteSize()
+                    response.items.append(item)
+                await self._context.write(response)
+                self._emptied.set()
+            if self._half_closed and self._engine.sessions.idle(self):
+                return
+
+
+def _failed(session_id: str, error: CarouselError, index: int | None) -> Failed:
+    return Failed(session_id=session_id, status=to_status(error), index=index)

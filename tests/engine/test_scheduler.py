@@ -1,0 +1,130 @@
+"""The scheduler, driven without a clock or a model."""
+
+from dataclasses import dataclass, field
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from carousel_server.engine.frames import Piece
+from carousel_server.engine.scheduler import Scheduler
+from carousel_server.engine.spec import Array
+from carousel_server.engine.step import Step
+from carousel_server.errors import CarouselError
+
+
+@dataclass(eq=False)
+class Owner:
+    """Has blocks of given lengths to run."""
+
+    name: int
+    graph: str
+    lengths: list[int]
+    slot: int = 1
+    queued: bool = False
+    closed: bool = False
+    rollback: list[Array] | None = None
+    served: list[int] = field(default_factory=list)
+
+    @property
+    def due(self) -> bool:
+        return not self.closed and bool(self.lengths)
+
+    def next_block(self) -> tuple[int, int]:
+        return self.lengths[0], 0
+
+    def pieces(self, start: int, count: int) -> list[Piece]:
+        return []
+
+    def completes(self, frames: int) -> bool:
+        return True
+
+    def commit(self, frames: int, outputs: tuple[bytes, ...]) -> None:
+        self.served.append(frames)
+        self.lengths.pop(0)
+
+    def fail(self, error: CarouselError) -> None:
+        raise AssertionError
+
+
+def run(scheduler: Scheduler) -> list[Step]:
+    steps = []
+    while (step := scheduler.schedule()) is not None:
+        for block in step.blocks:
+            block.owner.commit(block.frames, ())
+        scheduler.finish(step)
+        steps.append(step)
+    return steps
+
+
+owners = st.lists(
+    st.tuples(st.sampled_from(["model.onnx", "lookahead.onnx"]), st.lists(st.integers(1, 5), min_size=1, max_size=6)),
+    min_size=1,
+    max_size=30,
+)
+
+
+@given(owners, st.integers(1, 9), st.booleans())
+def test_every_block_runs_once_in_its_owners_order(given_owners, max_batch, ragged):
+    """Every block of every owner is run exactly once, in order, at most one of an owner in a step."""
+    everyone = [Owner(number, graph, list(lengths)) for number, (graph, lengths) in enumerate(given_owners)]
+    scheduler = Scheduler(max_batch=max_batch, ragged=ragged)
+    for owner in everyone:
+        scheduler.add(owner)
+        scheduler.add(owner)  # twice in the queue would run it twice
+    steps = run(scheduler)
+    assert [owner.served for owner in everyone] == [lengths for _, lengths in given_owners]
+    for step in steps:
+        assert 1 <= len(step.blocks) <= max_batch
+        assert len({id(block.owner) for block in step.blocks}) == len(step.blocks)
+        assert {block.owner.graph for block in step.blocks} == {step.graph}
+        if not ragged:
+            assert len({block.frames for block in step.blocks}) == 1
+
+
+@given(owners, st.integers(1, 9), st.booleans())
+def test_nobody_is_served_twice_before_everybody_who_waits_is_served_once(given_owners, max_batch, ragged):
+    """An owner with endless work never delays another: each step holds the owner that waits longest."""
+    everyone = [Owner(number, graph, [lengths[0]] * 20) for number, (graph, lengths) in enumerate(given_owners)]
+    scheduler = Scheduler(max_batch=max_batch, ragged=ragged)
+    for owner in everyone:
+        scheduler.add(owner)
+    waited = {owner.name: 0 for owner in everyone}
+    kinds = len({(owner.graph, None if ragged else owner.lengths[0]) for owner in everyone})
+    bound = kinds * -(-len(everyone) // max_batch)
+    for _ in range(20):
+        step = scheduler.schedule()
+        assert step is not None
+        assert waited[step.blocks[0].owner.name] == max(waited.values())
+        taken = {block.owner.name for block in step.blocks}
+        waited = {name: 0 if name in taken else steps + 1 for name, steps in waited.items()}
+        assert max(waited.values()) <= bound
+        scheduler.finish(step)
+
+
+def test_arrival_order_is_kept_within_a_step():
+    """Rows of a step stand in the order in which they became ready."""
+    scheduler = Scheduler(max_batch=8, ragged=True)
+    everyone = [Owner(number, "model.onnx", [1]) for number in range(20)]
+    for owner in everyone:
+        scheduler.add(owner)
+    order = [block.owner.name for step in run(scheduler) for block in step.blocks]
+    assert order == list(range(20))
+
+
+def test_an_owner_that_closed_while_it_waited_is_left_out():
+    """What closes in the queue is never run, and an empty step is never made."""
+    scheduler = Scheduler(max_batch=8, ragged=True)
+    owner = Owner(0, "model.onnx", [1])
+    scheduler.add(owner)
+    owner.closed = True
+    assert scheduler.schedule() is None
+    assert not owner.queued
+
+
+def test_padding_is_counted():
+    """A step of blocks of 1 and 4 frames has 3 frames of padding beside its 5 frames."""
+    scheduler = Scheduler(max_batch=8, ragged=True)
+    for length in (1, 4):
+        scheduler.add(Owner(length, "model.onnx", [length]))
+    (step,) = run(scheduler)
+    assert (step.frames, step.padded_frames) == (5, 3)
