@@ -1,0 +1,1 @@
+"""Readings of ambiguous Chinese characters, streamed: the published g2pM network from weights to sessions."""
