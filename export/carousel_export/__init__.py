@@ -1,0 +1,21 @@
+"""Export PyTorch models with recurrent layers as bundles, and prove that they say what the eager model says."""
+
+from carousel_export.errors import ExampleError, ExportError, GraphError, ModelError, ParityError, PolicyError
+from carousel_export.export import export, parity
+from carousel_export.policies import Carry, Causal, Full, Lookahead, Policy
+
+__all__ = [
+    "Carry",
+    "Causal",
+    "ExampleError",
+    "ExportError",
+    "Full",
+    "GraphError",
+    "Lookahead",
+    "ModelError",
+    "ParityError",
+    "Policy",
+    "PolicyError",
+    "export",
+    "parity",
+]

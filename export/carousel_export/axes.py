@@ -1,0 +1,290 @@
+"""Which axes are batch and time, found by experiment: grow one, and see what the recurrent layers and outputs do."""
+
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from carousel_export.eager import Eager, States, plain
+from carousel_export.errors import ExampleError, ModelError
+from carousel_export.recurrent import directions_of, states_of
+from carousel_export.signature import BATCH, SUPPORTED_DTYPES, TIME, Dims, Port, Signature, State
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A recurrent call that was seen: its input's size along time and, where it has one, batch."""
+
+    name: str
+    module: nn.LSTM
+    sizes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class _Run:
+    calls: tuple[_Call, ...]
+    outputs: Sequence[Tensor]
+
+
+def find_signature(
+    eager: Eager,
+    example: tuple[Tensor, ...],
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+) -> Signature:
+    """The model's signature, from running it on the example inputs and on grown ones.
+
+    `dims` names the axes of inputs, by input name and in the eager model's order, and is believed; where it is absent
+    the axes are found. Sizes of the example may coincide. Raises `ExampleError` where no axis is batch or time, where
+    an output follows neither, or for an example that the model does not run on; `ModelError`, naming the layer,
+    where a recurrent layer does not run over the model's own time.
+    """
+    names = _input_names(eager, example, input_names)
+    _check_example(names, example)
+    tree = eager.run_example(example)
+    base = _run(eager, example)
+    assert base is not None, "the example ran a moment ago"
+    if not base.calls:
+        raise ModelError(f"{eager.name} did not call any of its recurrent layers ({', '.join(eager.recurrent)})")
+    given = _given(names, example, dims)
+    time_axes = given[TIME] if given else _search(eager, example, base, TIME)
+    if time_axes is None:
+        raise _lost(eager, example, base, names)
+    batch_axes = given[BATCH] if given else _search(eager, example, base, BATCH)
+    inputs = [
+        {time: TIME, **({} if batch_axes is None else {batch_axes[i]: BATCH})} for i, time in enumerate(time_axes)
+    ]
+    eager_dims = [_dims(x, named) for x, named in zip(example, inputs, strict=True)]
+    frames = example[0].shape[time_axes[0]]
+    outputs = _output_dims(eager, example, base, time_axes, batch_axes, _output_names(tree, output_names))
+    if batch_axes is None:
+        fed_inputs, fed_outputs = _find_fed(eager, example, time_axes, eager_dims, outputs)
+    else:
+        fed_inputs, fed_outputs = eager_dims, list(outputs.values())
+    for name, named in outputs.items():
+        if TIME in named and (got := base.outputs[list(outputs).index(name)].shape[named.index(TIME)]) != frames:
+            raise ExampleError(
+                f"output {name!r} has {got} frames where the input has {frames}; return one value a frame, or one a sequence"
+            )
+    return Signature(
+        inputs=tuple(
+            Port(name, x.dtype, named, fed)
+            for name, x, named, fed in zip(names, example, eager_dims, fed_inputs, strict=True)
+        ),
+        outputs=tuple(
+            Port(name, y.dtype, named, fed)
+            for (name, named), y, fed in zip(outputs.items(), base.outputs, fed_outputs, strict=True)
+        ),
+        states=tuple(
+            State(call.name, kind.letter, kind.rows, kind.size)
+            for call in base.calls
+            for kind in states_of(call.module)
+        ),
+        bidirectional=any(directions_of(call.module) == 2 for call in base.calls),
+    )
+
+
+def grow(x: Tensor, axis: int, size: int) -> Tensor:
+    """`x` with `size` entries along an axis, its own over and over, so that each value stays one the model knows."""
+    return x.index_select(axis, torch.arange(size) % x.shape[axis])
+
+
+def _run(eager: Eager, inputs: Sequence[Tensor]) -> _Run | None:
+    calls: list[_Call] = []
+
+    def watch(name: str, module: nn.LSTM, x: Tensor) -> tuple[Tensor, States]:
+        time, batch = (0, None) if x.dim() == 2 else (1, 0) if module.batch_first else (0, 1)
+        sizes = {TIME: x.shape[time], **({} if batch is None else {BATCH: x.shape[batch]})}
+        calls.append(_Call(name, module, sizes))
+        return plain(name, module, x)
+
+    outputs = eager.try_run(inputs, watch)
+    return None if outputs is None else _Run(tuple(calls), outputs)
+
+
+def _search(eager: Eager, example: tuple[Tensor, ...], base: _Run, role: str) -> tuple[int, ...] | None:
+    """For each input the axis that is `role`: growing them together grows that axis of every recurrent call, no other."""
+    for axes, run in _grown(eager, example):
+        if not _strayed(base, run, role):
+            return axes
+    return None
+
+
+def _grown(eager: Eager, example: tuple[Tensor, ...]) -> Iterator[tuple[tuple[int, ...], _Run]]:
+    for axes in itertools.product(*(range(x.dim()) for x in example)):
+        if len({x.shape[axis] for x, axis in zip(example, axes, strict=True)}) != 1:
+            continue
+        size = example[0].shape[axes[0]]
+        run = _run(eager, [grow(x, axis, size + 1) for x, axis in zip(example, axes, strict=True)])
+        if run is not None:
+            yield axes, run
+
+
+def _strayed(base: _Run, run: _Run, role: str) -> list[str]:
+    """The recurrent calls that do not have exactly one more along `role`, and all else as before."""
+    if [call.name for call in base.calls] != [call.name for call in run.calls]:
+        return [call.name for call in base.calls]
+    return [
+        was.name
+        for was, now in zip(base.calls, run.calls, strict=True)
+        if now.sizes != {**was.sizes, role: was.sizes.get(role, 0) + 1}
+    ]
+
+
+def _lost(eager: Eager, example: tuple[Tensor, ...], base: _Run, names: Sequence[str]) -> Exception:
+    """Why no axis is time: the recurrent call that does not follow the best candidate."""
+    for axes, run in _grown(eager, example):
+        where = ", ".join(f"axis {axis} of {name!r}" for name, axis in zip(names, axes, strict=True))
+        if len(run.calls) != len(base.calls):
+            calls = sorted({call.name.partition(".call")[0] for call in run.calls})
+            return ModelError(
+                f"{calls[0]} is called once for each entry of {where}; call it once on the whole sequence"
+            )
+        strayed = _strayed(base, run, TIME)
+        if len(strayed) < len(base.calls):
+            return ModelError(
+                f"{strayed[0]} does not run over the model's time ({where}): it sees "
+                f"{dict(next(call.sizes for call in base.calls if call.name == strayed[0]))}; "
+                "only layers that take one step a frame can be exported"
+            )
+    return ExampleError(
+        f"no axis that all inputs ({', '.join(names)}) share is time: growing none by one gives {base.calls[0].name} one "
+        "more step and leaves its batch alone; name the axes with dims, and give every input a value for each frame"
+    )
+
+
+def _output_dims(
+    eager: Eager,
+    example: tuple[Tensor, ...],
+    base: _Run,
+    time_axes: tuple[int, ...],
+    batch_axes: tuple[int, ...] | None,
+    names: Sequence[str],
+) -> dict[str, Dims]:
+    named: list[dict[int, str]] = [{} for _ in base.outputs]
+    for role, axes in ((TIME, time_axes), (BATCH, batch_axes)):
+        if axes is None:
+            continue
+        grown = _run(eager, [grow(x, axis, x.shape[axis] + 1) for x, axis in zip(example, axes, strict=True)])
+        if grown is None or _strayed(base, grown, role):
+            where = "dims do" if grown is not None else f"{eager.name} cannot run with one more along {role}; dims may"
+            raise ExampleError(f"{where} not name the axis that is {role} of every recurrent layer; correct them")
+        for name, was, now, found in zip(names, base.outputs, grown.outputs, named, strict=True):
+            axes_grown = [axis for axis in range(was.dim()) if now.shape[axis] != was.shape[axis]]
+            if len(axes_grown) > 1 or (role == BATCH and not axes_grown):
+                raise ExampleError(
+                    f"output {name!r} {list(was.shape)} has {len(axes_grown)} axes that follow {role}, which has to be "
+                    "one; return a value for each frame, or one for each sequence"
+                )
+            found.update(dict.fromkeys(axes_grown, role))
+    return {name: _dims(y, found) for name, y, found in zip(names, base.outputs, named, strict=True)}
+
+
+def _find_fed(
+    eager: Eager,
+    example: tuple[Tensor, ...],
+    time_axes: tuple[int, ...],
+    input_dims: Sequence[Dims],
+    outputs: Mapping[str, Dims],
+) -> tuple[list[Dims], list[Dims]]:
+    """Where a model that takes one sequence at a time takes a batch: a place for it that changes no sequence's answer."""
+    rows = [example, tuple(x.flip(axis) for x, axis in zip(example, time_axes, strict=True)), example]
+    alone = [eager.run(row) for row in rows]
+    for place in (0, 1):
+        together = eager.try_run([torch.stack(x, place) for x in zip(*rows, strict=True)])
+        if together is None:
+            continue
+        axes = [
+            next((axis for axis in range(y.dim()) if _is_stack(y, [row[i] for row in alone], axis)), None)
+            for i, y in enumerate(together)
+        ]
+        if len(together) == len(outputs) and None not in axes:
+            fed = [(*named[:place], BATCH, *named[place:]) for named in input_dims]
+            pairs = zip(outputs.values(), axes, strict=True)
+            return fed, [(*named[:axis], BATCH, *named[axis:]) for named, axis in pairs]
+    raise ModelError(
+        f"{eager.name} takes one sequence at a time and answers differently, or not at all, when it is given a batch; "
+        "write its forward for [batch, time, …] inputs"
+    )
+
+
+def _is_stack(together: Tensor, alone: Sequence[Tensor], axis: int) -> bool:
+    if together.shape[axis] != len(alone) or together.select(axis, 0).shape != alone[0].shape:
+        return False
+    pairs = zip(together.unbind(axis), alone, strict=True)
+    return all(torch.allclose(row.double(), y.double(), rtol=0, atol=1e-5) for row, y in pairs)
+
+
+def _dims(x: Tensor, named: Mapping[int, str]) -> Dims:
+    return tuple(named.get(axis, str(size)) for axis, size in enumerate(x.shape))
+
+
+def _given(
+    names: Sequence[str], example: tuple[Tensor, ...], dims: Mapping[str, Sequence[str]] | None
+) -> dict[str, tuple[int, ...] | None]:
+    """The axes that the caller names; empty where it names none."""
+    if dims is None:
+        return {}
+    if set(dims) != set(names):
+        raise ExampleError(f"dims names {sorted(dims)}, the inputs are {sorted(names)}; name the axes of each")
+    for name, x in zip(names, example, strict=True):
+        wanted = [dim if dim in (BATCH, TIME) else str(size) for dim, size in zip(dims[name], x.shape, strict=False)]
+        if list(dims[name]) != wanted or len(dims[name]) != x.dim() or dims[name].count(TIME) != 1:
+            raise ExampleError(
+                f"dims of {name!r} are {','.join(dims[name])} and its example is {list(x.shape)}; give {x.dim()} dims, "
+                "one of them time, and sizes as they are"
+            )
+    batched = {dims[name].count(BATCH) for name in names}
+    if len(batched) != 1 or batched.pop() > 1:
+        raise ExampleError("dims name the batch axis of some inputs only; name one for each input, or for none")
+    return {
+        TIME: tuple(list(dims[name]).index(TIME) for name in names),
+        BATCH: tuple(list(dims[name]).index(BATCH) for name in names) if BATCH in dims[names[0]] else None,
+    }
+
+
+def _input_names(eager: Eager, example: tuple[Tensor, ...], given: Sequence[str] | None) -> tuple[str, ...]:
+    if given is None:
+        parameters = inspect.signature(type(eager.module).forward).parameters.values()
+        plain_names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][1:]
+        unnamed = [f"input_{i}" for i in range(len(plain_names), len(example))]
+        given = [*plain_names, *unnamed][: len(example)]
+    if len(given) != len(example):
+        raise ExampleError(f"{len(given)} input names for {len(example)} example inputs; give one for each")
+    return tuple(given)
+
+
+def _output_names(tree: Any, given: Sequence[str] | None) -> tuple[str, ...]:
+    leaves = pytree.tree_flatten_with_path(tree)[0]
+    for path, leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            where = "".join(str(key) for key in path) or "itself"
+            raise ModelError(f"the model's result {where} is a {type(leaf).__name__}; return tensors only")
+        if leaf.dtype not in SUPPORTED_DTYPES:
+            raise ModelError(f"the model returns {leaf.dtype}; return float32, an integer type or bool")
+    if given is None:
+        keys = [getattr(path[-1], "key", getattr(path[-1], "name", None)) if path else None for path, _ in leaves]
+        single = len(leaves) == 1
+        given = [key if isinstance(key, str) else "output" if single else f"output_{i}" for i, key in enumerate(keys)]
+    if len(given) != len(leaves):
+        raise ExampleError(f"{len(given)} output names for {len(leaves)} outputs; give one for each")
+    return tuple(given)
+
+
+def _check_example(names: Sequence[str], example: tuple[Tensor, ...]) -> None:
+    for name, x in zip(names, example, strict=True):
+        if x.dtype not in SUPPORTED_DTYPES:
+            way = "give it in float32: .float()" if x.is_floating_point() else "give float32, an integer type or bool"
+            raise ExampleError(f"example input {name!r} is {x.dtype}; {way}")
+        if x.dim() < 1 or not x.numel():
+            raise ExampleError(f"example input {name!r} has shape {list(x.shape)}; give one with at least one frame")
+        if not torch.isfinite(x).all():
+            raise ExampleError(
+                f"example input {name!r} has values that are not finite; give ones that the model will see"
+            )

@@ -1,0 +1,133 @@
+"""The caller's model as eager PyTorch runs it: a private copy, and the recurrent calls that it makes."""
+
+import copy
+import functools
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
+
+from carousel_export.errors import ExampleError, ModelError, one_line
+from carousel_export.recurrent import find_recurrent, kind_of
+
+log = logging.getLogger(__name__)
+
+States = tuple[Tensor, ...]
+# Answers a recurrent call in the module's stead: (call name, module, input) → what the module would have returned.
+Handler = Callable[[str, nn.LSTM, Tensor], tuple[Tensor, States]]
+
+
+def plain(_call: str, module: nn.LSTM, x: Tensor) -> tuple[Tensor, States]:
+    """The handler that leaves a recurrent call as it is: it starts at zero."""
+    return run_layer(module, x, None)
+
+
+def run_layer(module: nn.LSTM, x: Tensor, states: States | None) -> tuple[Tensor, States]:
+    """What eager PyTorch answers from these states (None: from zero)."""
+    return nn.LSTM.forward(module, x, states)  # type: ignore[no-any-return]  # torch annotates its overloads loosely
+
+
+class Eager:
+    """A copy of the caller's model, in evaluation mode on the CPU, whose recurrent calls can be watched and answered.
+
+    Raises `ModelError`, naming the module, for a model that cannot be exported whatever its inputs are.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if isinstance(model, torch.jit.ScriptModule) or not isinstance(model, nn.Module):
+            raise ModelError(f"a {type(model).__name__} cannot be exported; give the torch.nn.Module itself")
+        try:
+            self.module = copy.deepcopy(model).cpu()
+        except Exception as error:
+            raise ModelError(
+                f"{type(model).__name__} cannot be copied ({one_line(error)}); make its tensors parameters or buffers"
+            ) from error
+        _check_weights(self.module)
+        if model.training:
+            log.info("%s was in training mode: its copy is exported in evaluation mode", type(model).__name__)
+        self.module.eval().requires_grad_(False)
+        self.recurrent = find_recurrent(self.module)
+
+    @property
+    def name(self) -> str:
+        """The model's class."""
+        return type(self.module).__name__
+
+    def run(self, inputs: Sequence[Tensor], handler: Handler = plain) -> list[Tensor]:
+        """The model's outputs, flattened, with every recurrent call answered by `handler`."""
+        return pytree.tree_leaves(self.run_tree(inputs, handler))
+
+    def run_tree(self, inputs: Sequence[Tensor], handler: Handler = plain) -> Any:
+        """The model's outputs as it returns them."""
+        counts: Counter[str] = Counter()
+
+        def answer(path: str, module: nn.LSTM, *args: Any, **kwargs: Any) -> tuple[Tensor, States]:
+            call = call_name(path, module, counts[path])
+            counts[path] += 1
+            return handler(call, module, _argument(call, *args, **kwargs))
+
+        for path, module in self.recurrent.items():
+            # An instance's own `forward` comes before its class's, and hooks of the caller's still run around it.
+            module.forward = functools.partial(answer, path, module)
+        try:
+            with torch.no_grad():
+                return self.module(*inputs)
+        finally:
+            for module in self.recurrent.values():
+                del module.forward
+
+    def try_run(self, inputs: Sequence[Tensor], handler: Handler = plain) -> list[Tensor] | None:
+        """`run`, or None where the model cannot run on such inputs: for experiments."""
+        try:
+            return self.run(inputs, handler)
+        except ModelError:
+            raise
+        except Exception:  # noqa: BLE001 - whatever the caller's code raises on a shape that it was not written for
+            return None
+
+    def run_example(self, inputs: Sequence[Tensor], handler: Handler = plain) -> Any:
+        """`run_tree` on the caller's own example. Raises `ExampleError` where the model fails on it."""
+        try:
+            return self.run_tree(inputs, handler)
+        except ModelError:
+            raise
+        except Exception as error:
+            shapes = ", ".join(f"{x.dtype} {list(x.shape)}" for x in inputs)
+            raise ExampleError(
+                f"{self.name} fails on the example inputs ({shapes}): {one_line(error)}; give inputs that it runs on"
+            ) from error
+
+
+def call_name(path: str, module: nn.Module, count: int) -> str:
+    """What a module's call is called in a bundle: its path, and from the second call on which call it is."""
+    name = path or kind_of(module).lower()
+    return f"{name}.call{count}" if count else name
+
+
+def _argument(call: str, input: Tensor | PackedSequence, hx: States | None = None) -> Tensor:  # noqa: A002 - torch's name
+    if isinstance(input, PackedSequence):
+        raise ModelError(
+            f"{call} is given a packed sequence; give it the padded tensor, the exported graph takes lengths"
+        )
+    if hx is not None and any(bool(state.any()) for state in hx):
+        raise ModelError(
+            f"{call} is given its own initial state, and it is not zero; leave it out, a session starts from any state"
+        )
+    return input
+
+
+def _check_weights(module: nn.Module) -> None:
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            raise ModelError(f"{name} has no shape yet; run the model once, then export it")
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise ModelError(f"{name} is {tensor.dtype}; export the model in float32: model.float()")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all() and isinstance(tensor, nn.Parameter):
+            raise ModelError(
+                f"{name} has values that are not finite (NaN or infinity); load a checkpoint that is whole"
+            )

@@ -1,0 +1,188 @@
+"""Which policies are right for a model, and whether its rows may have different lengths: found by running it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from carousel_export.draw import Draw
+from carousel_export.eager import States, run_layer
+from carousel_export.errors import ModelError, PolicyError
+from carousel_export.policies import Carry, Causal, Full, Lookahead, Piece, Policy
+from carousel_export.reference import Reference
+
+# Above the noise of sums in another order, below any real difference that the gate would let pass.
+_SAME = 1e-4
+# Frames of an experiment; prime, so that an axis with as many entries is time.
+_FRAMES = 23
+_CUTS = (1, 2, 5, 3, 1, 7, 4)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the model allows, and in words what keeps it from allowing more (empty: nothing)."""
+
+    policies: tuple[type[Policy], ...]
+    ragged: bool
+    reason: str = ""
+
+
+def find_policies(reference: Reference, draw: Draw) -> Findings:
+    """Run the model whole and in pieces, alone and beside longer rows, and say what agrees.
+
+    Pieces are cut so that the recurrent layers answer as they do over the whole: their state is carried, and a backward
+    direction sees all that follows. What then differs is other code that mixes time.
+    """
+    signature = reference.signature
+    ragged = _is_ragged(reference, draw)
+    if signature.bidirectional and signature.whole_sequence:
+        name = signature.whole_sequence[0].name
+        return Findings(
+            (Full,), ragged, f"output {name!r} has one value for the sequence, and a direction runs backwards"
+        )
+    if culprit := _mixes_time(reference, draw):
+        return Findings((Full,), ragged, f"{culprit} mixes frames outside the recurrent layers")
+    return Findings((Carry, Lookahead, Full) if signature.bidirectional else (Causal, Carry, Full), ragged)
+
+
+def choose(policy: Policy | None, findings: Findings) -> tuple[Policy, tuple[Policy, ...]]:
+    """The bundle's default and all that it allows. Raises `PolicyError` for a policy that would answer wrongly."""
+    chosen = policy or {Causal: Causal(), Lookahead: Lookahead(8, 8)}.get(_preferred(findings), Full())
+    if type(chosen) not in findings.policies:
+        reason = findings.reason or (
+            "the model has a backward direction, which causal has no frames for"
+            if isinstance(chosen, Causal)
+            else "the model has no backward direction that could look ahead"
+        )
+        allowed = ", ".join(kind.__name__.lower() for kind in findings.policies)
+        raise PolicyError(f"{type(chosen).__name__.lower()} would answer wrongly: {reason}; choose of: {allowed}")
+    defaults = {Causal: Causal(), Carry: Carry(), Lookahead: Lookahead(8, 8), Full: Full()}
+    return chosen, tuple(chosen if kind is type(chosen) else defaults[kind] for kind in findings.policies)
+
+
+def _preferred(findings: Findings) -> type[Policy]:
+    return next((kind for kind in (Lookahead, Causal) if kind in findings.policies), Full)
+
+
+def _mixes_time(reference: Reference, draw: Draw) -> str:
+    """The code that mixes frames, in words; empty where only the recurrent layers do."""
+    stream = draw.stream(_FRAMES)
+    backward = reference.signature.bidirectional
+    pieces = [
+        Piece(piece.start, piece.block, _FRAMES - piece.start - piece.block if backward else 0)
+        for piece in Causal().pieces(_FRAMES, _CUTS)
+    ]
+    with _Recorder(reference.eager.module) as whole:
+        wanted = reference.run(stream, Full())
+    with _Recorder(reference.eager.module) as cut:
+        try:
+            got = reference.run_pieces(stream, pieces, lookahead=backward)
+        except ModelError:
+            raise
+        except Exception:  # noqa: BLE001 - the caller's code, on fewer frames than it can take
+            got = None
+    if got and all(_same(a, b) for a, b in zip(wanted.outputs, got.outputs, strict=True)):
+        return ""
+    return _name_culprit(reference.eager.name, whole.records, cut.records, pieces)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """One call of a leaf module: what it was given and what it returned."""
+
+    path: str
+    kind: str
+    given: Tensor
+    returned: Tensor
+
+
+class _Recorder:
+    """Within, notes the calls of the modules that have no modules in them, recurrent ones too."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.records: list[_Record] = []
+        self._leaves = [(path, leaf) for path, leaf in module.named_modules() if not list(leaf.children())]
+
+    def __enter__(self) -> "_Recorder":
+        self._handles = [leaf.register_forward_hook(self._note(path)) for path, leaf in self._leaves]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _note(self, path: str):  # type: ignore[no-untyped-def]  # torch's hook type is any callable
+        def note(module: nn.Module, args: tuple[object, ...], result: object) -> None:
+            returned = result[0] if isinstance(result, tuple) else result
+            if args and isinstance(args[0], Tensor) and isinstance(returned, Tensor):
+                self.records.append(_Record(path, type(module).__name__, args[0], returned))
+
+        return note
+
+
+def _name_culprit(model: str, whole: Sequence[_Record], cut: Sequence[_Record], pieces: Sequence[Piece]) -> str:
+    """The first module that answers otherwise in pieces; the code before it where it was given otherwise already."""
+    last = ""
+    for i, record in enumerate(whole):
+        # Each piece made the same calls in the same order, unless the last one failed.
+        parts = cut[i :: len(whole)]
+        name = f"{record.path or 'the model'} ({record.kind})"
+        if not _joins(record.given, [part.given for part in parts], pieces):
+            return f"the code of {model}.forward before {name}"
+        if not _joins(record.returned, [part.returned for part in parts], pieces):
+            return name
+        last = name
+    return f"the code of {model}.forward after {last}"
+
+
+def _joins(whole: Tensor, parts: Sequence[Tensor], pieces: Sequence[Piece]) -> bool:
+    axes = [axis for axis, size in enumerate(whole.shape) if size == _FRAMES]
+    if len(axes) != 1:
+        return False
+    fitting = [
+        part.narrow(axes[0], 0, piece.block)
+        for part, piece in zip(parts, pieces, strict=False)
+        if part.dim() == whole.dim() and part.shape[axes[0]] == piece.block + piece.ahead
+    ]
+    return len(fitting) == len(pieces) and _same(whole, torch.cat(fitting, axes[0]))
+
+
+def _is_ragged(reference: Reference, draw: Draw) -> bool:
+    """Whether a row beside a longer one is answered as it is alone, once the recurrent layers know its length."""
+    signature, eager = reference.signature, reference.eager
+    lengths = (_FRAMES, 9)
+    streams = [draw.stream(length) for length in lengths]
+    alone = [reference.run(stream, Full()).outputs for stream in streams]
+    padding = draw.stream(_FRAMES)
+    rows = [
+        [torch.cat([x, pad[len(x) :]]) for x, pad in zip(stream.inputs, padding.inputs, strict=True)]
+        for stream in streams
+    ]
+    batches = [
+        port.feed(torch.stack(column)) for port, column in zip(signature.inputs, zip(*rows, strict=True), strict=True)
+    ]
+
+    def by_row(_call: str, module: nn.LSTM, x: Tensor) -> tuple[Tensor, States]:
+        batch, time = (0, 1) if module.batch_first else (1, 0)
+        answers = []
+        for row, length in enumerate(lengths):
+            y, states = run_layer(module, x.narrow(batch, row, 1).narrow(time, 0, length), None)
+            gap = list(y.shape)
+            gap[time] = x.shape[time] - length
+            answers.append((torch.cat([y, y.new_zeros(gap)], time), states))
+        return torch.cat([y for y, _ in answers], batch), tuple(
+            torch.cat(column, 1) for column in zip(*(states for _, states in answers), strict=True)
+        )
+
+    together = eager.run(batches, by_row)
+    for port, y, *wanted in zip(signature.outputs, together, *alone, strict=True):
+        for row, (value, length) in enumerate(zip(wanted, lengths, strict=True)):
+            got = port.fetch(y)[row]
+            if not _same(got[:length] if port.timed else got, value):
+                return False
+    return True
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=0, atol=_SAME, equal_nan=True)

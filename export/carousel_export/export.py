@@ -1,0 +1,178 @@
+"""Exporting a model, from the eager module to the bundle on disk, read from top to bottom."""
+
+import importlib.metadata
+import json
+import logging
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from carousel_export.axes import find_signature
+from carousel_export.draw import Draw, example_samples, given_streams
+from carousel_export.eager import Eager, call_name
+from carousel_export.errors import ExampleError, ExportError
+from carousel_export.experiments import Findings, choose, find_policies
+from carousel_export.gate import TOLERANCE, prove
+from carousel_export.golden import GOLDEN, read_samples, write_golden
+from carousel_export.graph import LOOKAHEAD, MODEL, write_graph
+from carousel_export.policies import Lookahead, Policy, from_message, to_message
+from carousel_export.quiet import one_thread
+from carousel_export.recurrent import directions_of, kind_of
+from carousel_export.reference import Reference
+from carousel_export.report import render
+from carousel_export.signature import LENGTHS, Port, Signature, State
+from carousel_export.torchscript import TORCHSCRIPT, write_torchscript
+from carousel_protos.bundle import Bundle, BundleWriter
+from carousel_protos.v1 import manifest_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+
+def export(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Tensor],
+    *,
+    name: str,
+    out: str | Path = "models",
+    policy: Policy | None = None,
+    version: str | None = None,
+    labels: Mapping[str, Sequence[str]] | Sequence[str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    data: Sequence[Tensor | Sequence[Tensor]] = (),
+) -> Bundle:
+    """Export a model with recurrent layers to `<out>/<name>/<version>/`, and prove that it says what the model says.
+
+    `model` is left as it is: a copy of it in evaluation mode, float32, on the CPU is exported. `example_inputs` is one
+    tensor or one for each argument of `forward`, in the layout that the model takes; batch and time are found by
+    experiment, unless `dims` gives the axes, such as `{"x": ("batch", "time", "80")}`. `policy` is the bundle's default:
+    if absent, lookahead(8, 8) for a model with a backward direction and causal for any other. `labels` names the
+    classes of an output's last dimension. `data` are sequences of the caller's, each one tensor `[time, …]` for each
+    input, which the gate and the look-ahead curve use beside drawn ones.
+
+    Raises `ExportError` (see `carousel_export.errors`), and `BundleError` for a name or version that cannot be written;
+    then there is no bundle.
+    """
+    writer = BundleWriter(out, name, version)
+    example = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    example = tuple(x.detach().cpu() if isinstance(x, Tensor) else _refuse(x) for x in example)
+    with one_thread():
+        eager = Eager(model)
+        signature = find_signature(eager, example, input_names, output_names, dims)
+        named_labels = _labels(signature, labels)
+        reference = Reference(eager, signature)
+        draw = Draw(signature, example_samples(signature, example), given_streams(signature, data))
+        findings = find_policies(reference, draw)
+        default, policies = choose(policy, findings)
+        if findings.reason:
+            log.info("%s allows %s only: %s", name, type(default).__name__.lower(), findings.reason)
+        lookahead = Lookahead in findings.policies
+        with writer:
+            write_graph(writer.path / MODEL, eager, signature, example)
+            if lookahead:
+                write_graph(writer.path / LOOKAHEAD, eager, signature, example, ahead=True)
+            write_torchscript(writer.path / TORCHSCRIPT, eager, signature, example, lookahead=lookahead)
+            proof = prove(writer.path, reference, draw, policies, ragged=findings.ragged)
+            write_golden(writer.path / GOLDEN, reference, draw, policies)
+            manifest = _manifest(eager, signature, findings, default, policies)
+            manifest.name, manifest.version = name, writer.version
+            for output, values in named_labels.items():
+                manifest.labels[output].values.extend(values)
+            manifest.metadata.update(metadata or {})
+            (writer.path / "parity.json").write_text(json.dumps(proof, allow_nan=False), encoding="utf-8")
+            (writer.path / "report.html").write_text(render(manifest, proof), encoding="utf-8")
+            return writer.commit(manifest)
+
+
+def parity(bundle: Bundle, model: nn.Module) -> dict[str, Any]:
+    """Prove a bundle again against the eager model that it was made of, on fresh draws like its golden inputs.
+
+    Returns the content of a parity.json. Raises `ParityError` where they differ (other weights do), and `ExportError`
+    for a model that is not this bundle's.
+    """
+    with one_thread():
+        eager = Eager(model)
+        manifest = bundle.manifest
+        signature = Signature(
+            inputs=tuple(Port.from_message(port) for port in manifest.inputs),
+            outputs=tuple(Port.from_message(port) for port in manifest.outputs),
+            states=tuple(State.from_message(state) for state in manifest.states),
+            bidirectional=any(layer.num_directions == 2 for layer in manifest.layers),
+        )
+        paths = {state.call.partition(".call")[0] for state in signature.states}
+        if missing := paths - {call_name(path, module, 0) for path, module in eager.recurrent.items()}:
+            raise ExportError(
+                f"{eager.name} has no layer {sorted(missing)[0]!r}; give the model that {bundle.path} is of"
+            )
+        draw = Draw(signature, read_samples(bundle.file(GOLDEN), signature))
+        policies = [from_message(policy) for policy in manifest.policies]
+        return prove(bundle.path, Reference(eager, signature), draw, policies, ragged=manifest.ragged)
+
+
+def _refuse(value: object) -> Tensor:
+    raise ExampleError(f"example_inputs has a {type(value).__name__}; give tensors, one for each argument of forward")
+
+
+def _labels(signature: Signature, labels: Mapping[str, Sequence[str]] | Sequence[str] | None) -> dict[str, list[str]]:
+    if not labels:
+        return {}
+    named = labels if isinstance(labels, Mapping) else {signature.outputs[0].name: labels}
+    ports = {port.name: port for port in signature.outputs}
+    for name, values in named.items():
+        if name not in ports:
+            raise ExampleError(f"labels name an output {name!r}; the model's outputs are {', '.join(ports)}")
+        if ports[name].dims[-1] != str(len(values)):
+            raise ExampleError(
+                f"{len(values)} labels for output {name!r}, whose last dimension is {ports[name].dims[-1]}"
+            )
+    return {name: list(values) for name, values in named.items()}
+
+
+def _manifest(
+    eager: Eager, signature: Signature, findings: Findings, default: Policy, policies: Sequence[Policy]
+) -> pb.Manifest:
+    messages = [to_message(policy) for policy in policies]
+    graphs = [(MODEL, [m.kind for m in messages if m.kind != pb.POLICY_KIND_LOOKAHEAD])]
+    graphs += [(LOOKAHEAD, [m.kind]) for m in messages if m.kind == pb.POLICY_KIND_LOOKAHEAD]
+    manifest = pb.Manifest(
+        inputs=[port.message() for port in signature.inputs],
+        outputs=[port.message() for port in signature.outputs],
+        states=[state.message() for state in signature.states],
+        lengths=LENGTHS,
+        policies=messages,
+        default_policy=to_message(default),
+        ragged=findings.ragged,
+        graphs=[pb.Graph(file=file, policies=kinds, variant="float32") for file, kinds in graphs],
+        torchscript=TORCHSCRIPT,
+        layers=_layers(eager, signature),
+        parameters=sum(parameter.numel() for parameter in eager.module.parameters()),
+        tolerance=pb.Tolerance(absolute=TOLERANCE),
+    )
+    for package in ("carousel", "onnx", "onnxruntime", "onnxscript", "torch"):
+        manifest.made_with[package] = importlib.metadata.version(package)
+    manifest.made_with["python"] = platform.python_version()
+    return manifest
+
+
+def _layers(eager: Eager, signature: Signature) -> list[pb.RecurrentLayer]:
+    modules = {call_name(path, module, 0): module for path, module in eager.recurrent.items()}
+    layers = []
+    for call in dict.fromkeys(state.call for state in signature.states):
+        module = modules[call.partition(".call")[0]]
+        layers.append(
+            pb.RecurrentLayer(
+                name=call,
+                kind=kind_of(module),
+                input_size=module.input_size,
+                hidden_size=module.hidden_size,
+                num_layers=module.num_layers,
+                num_directions=directions_of(module),
+                parameters=sum(parameter.numel() for parameter in module.parameters()),
+            )
+        )
+    return layers

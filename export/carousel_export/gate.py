@@ -1,0 +1,202 @@
+"""The parity gate: what the exported files say against what eager PyTorch says, under every policy of the bundle."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from carousel_export.curve import lookahead_curve
+from carousel_export.draw import Draw
+from carousel_export.errors import ParityError
+from carousel_export.policies import Carry, Full, Lookahead, Policy, to_json
+from carousel_export.reference import Answer, Reference, Stream
+from carousel_export.replay import replay
+from carousel_export.runtimes import OnnxRuntime, Runtime, TorchScript
+from carousel_export.signature import Signature
+
+TOLERANCE = 1e-5
+_LENGTHS = (1, 2, 9, 17, 26, 40)
+_LONG = 320
+_LOOKAHEADS = (Lookahead(8, 8), Lookahead(1, 0), Lookahead(3, 5), Lookahead(5, 1))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Streams that are run together under one policy."""
+
+    what: str
+    policy: Policy
+    streams: tuple[Stream, ...]
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The element that is furthest off."""
+
+    sequence: int
+    frame: int
+    element: list[int]
+    wanted: float
+    got: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """One output of one trial in one runtime."""
+
+    policy: dict[str, str | int]
+    runtime: str
+    output: str
+    sequences: int
+    frames: int
+    what: str
+    max_abs_error: float
+    mean_abs_error: float
+    worst: Worst
+
+
+def prove(
+    folder: Path, reference: Reference, draw: Draw, policies: Sequence[Policy], *, ragged: bool
+) -> dict[str, Any]:
+    """Run the gate on the files in `folder`; returns the content of parity.json.
+
+    Raises `ParityError`, naming output, policy, runtime, sequence, frame, wanted and got, for the first trial in which
+    an element is further than `TOLERANCE` from eager PyTorch.
+    """
+    started = time.monotonic()
+    signature = reference.signature
+    runtimes: tuple[Runtime, ...] = (OnnxRuntime(folder), TorchScript(folder))
+    checks: list[Check] = []
+    errors: list[dict[str, Any]] = []
+    for trial in _trials(draw, policies):
+        wanted = [reference.run(stream, trial.policy) for stream in trial.streams]
+        for runtime in runtimes:
+            got = replay(runtime, signature, trial.streams, trial.policy, ragged=ragged)
+            found = _compare(trial, runtime.name, signature, wanted, got)
+            _judge(found)
+            checks += found
+            if len(trial.streams) == 1 and trial.streams[0].frames == _LONG:
+                errors += _over_time(trial, runtime.name, signature, wanted[0], got[0])
+    curve = lookahead_curve(runtimes[0], signature, draw, ragged=ragged) if _looks_ahead(policies) else []
+    return {
+        "tolerance": TOLERANCE,
+        "maximum": max(check.max_abs_error for check in checks),
+        "seconds": round(time.monotonic() - started, 2),
+        "checks": [asdict(check) for check in checks],
+        "error_over_time": errors,
+        "lookahead_curve": curve,
+    }
+
+
+def _looks_ahead(policies: Sequence[Policy]) -> bool:
+    return any(isinstance(policy, Lookahead) for policy in policies)
+
+
+def _trials(draw: Draw, policies: Sequence[Policy]) -> list[Trial]:
+    trials = []
+    for policy in policies:
+        # Full starts where a sequence starts: at zero.
+        state = not isinstance(policy, Full)
+        start = "non-zero state" if state else "from zero"
+        ragged = f"ragged batch, random cuts, {start}"
+        variants: list[Policy] = [policy]
+        if isinstance(policy, Lookahead):
+            variants += [variant for variant in _LOOKAHEADS if variant != policy]
+        elif isinstance(policy, Carry):
+            variants += [variant for variant in (Carry(), Carry(4)) if variant != policy]
+        for variant in variants:
+            streams = tuple(draw.stream(frames, initial=state) for frames in _LENGTHS)
+            trials.append(Trial(ragged, variant, streams))
+        trials.append(Trial(f"one sequence of one frame, {start}", policy, (draw.stream(1, initial=state),)))
+        trials.append(Trial(f"one long sequence, {start}", policy, (draw.stream(_LONG, initial=state),)))
+        if draw.given:
+            cut = tuple(Stream(s.inputs, None, draw.cuts(s.frames)) for s in draw.given)
+            trials.append(Trial("given data, random cuts, from zero", policy, cut))
+    return trials
+
+
+def _compare(
+    trial: Trial, runtime: str, signature: Signature, wanted: Sequence[Answer], got: Sequence[Answer]
+) -> list[Check]:
+    checks = []
+    frames = sum(stream.frames for stream in trial.streams)
+    outputs = [
+        (port.name, port.timed, [a.outputs[i] for a in wanted], [a.outputs[i] for a in got])
+        for i, port in enumerate(signature.outputs)
+    ]
+    states = [
+        (state.output, False, [a.states[i] for a in wanted], [a.states[i] for a in got])
+        for i, state in enumerate(signature.states)
+    ]
+    for name, timed, want, have in [*outputs, *states]:
+        differences = [_difference(a, b) for a, b in zip(want, have, strict=True)]
+        sequence = max(range(len(differences)), key=lambda i, d=differences: float(d[i].max()))
+        at = [int(i) for i in torch.unravel_index(differences[sequence].argmax(), differences[sequence].shape)]
+        worst = Worst(
+            sequence=sequence,
+            # A value for the sequence stands at its last frame.
+            frame=at[0] if timed else trial.streams[sequence].frames - 1,
+            element=at[1:] if timed else at,
+            wanted=float(want[sequence][tuple(at)]),
+            got=float(have[sequence][tuple(at)]),
+        )
+        flat = torch.cat([difference.flatten() for difference in differences])
+        checks.append(
+            Check(
+                policy=to_json(trial.policy),
+                runtime=runtime,
+                output=name,
+                sequences=len(trial.streams),
+                frames=frames,
+                what=trial.what,
+                max_abs_error=float(flat.max()),
+                mean_abs_error=float(flat.mean()),
+                worst=worst,
+            )
+        )
+    return checks
+
+
+def _judge(checks: Sequence[Check]) -> None:
+    for check in checks:
+        # Written so that NaN fails.
+        if not check.max_abs_error <= TOLERANCE:
+            at, policy = check.worst, check.policy
+            cut = f"({policy['block']}, {policy['ahead']})" if policy["block"] else ""
+            raise ParityError(
+                f"output {check.output!r} in {check.runtime} under {str(policy['kind']).removeprefix('POLICY_KIND_').lower()}"
+                f"{cut} ({check.what}) differs from eager PyTorch by {check.max_abs_error:.3g}, over {TOLERANCE:g}: sequence "
+                f"{at.sequence}, frame {at.frame}, element {at.element}: wanted {at.wanted:.7g}, got {at.got:.7g}; no bundle "
+                "was written; rewrite what the model does with that output so that it is the same in a batch"
+            )
+
+
+def _difference(wanted: Tensor, got: Tensor) -> Tensor:
+    """Absolute, in float64; equal infinities differ by nothing, NaN by infinity."""
+    if wanted.shape != got.shape:
+        raise ParityError(
+            f"eager PyTorch returns {list(wanted.shape)} where the exported graph returns {list(got.shape)}"
+        )
+    a, b = wanted.double(), got.double()
+    return torch.where(a == b, 0.0, (a - b).abs()).nan_to_num(nan=float("inf"))
+
+
+def _over_time(trial: Trial, runtime: str, signature: Signature, wanted: Answer, got: Answer) -> list[dict[str, Any]]:
+    series = []
+    for i, port in enumerate(signature.outputs):
+        if port.timed:
+            error = _difference(wanted.outputs[i], got.outputs[i]).flatten(1).amax(1)
+            series.append(
+                {
+                    "policy": to_json(trial.policy),
+                    "runtime": runtime,
+                    "output": port.name,
+                    "frame": list(range(len(error))),
+                    "max_abs_error": error.tolist(),
+                }
+            )
+    return series

@@ -1,0 +1,124 @@
+"""The ONNX files: a lifted model through torch's exporter, then checked for what every graph must have."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from carousel_export.axes import grow
+from carousel_export.eager import Eager
+from carousel_export.errors import GraphError, one_line
+from carousel_export.lift import LiftedModel, bind_onnx, lift
+from carousel_export.lstm import TRANSLATIONS
+from carousel_export.quiet import quiet
+from carousel_export.signature import AHEAD, BATCH, LENGTHS, TIME, TIME_AHEAD, Dims, Signature
+
+MODEL, LOOKAHEAD = "model.onnx", "lookahead.onnx"
+
+
+def write_graph(
+    path: Path, eager: Eager, signature: Signature, example: Sequence[Tensor], *, ahead: bool = False
+) -> None:
+    """Write the model's graph, or with `ahead` its lookahead graph, to a self-contained ONNX file.
+
+    Raises `GraphError` where the model's own code is beyond the exporter, or ties an axis to the example's size.
+    """
+    lifted = lift(eager, signature, bind_onnx)
+    dims = input_dims(signature, ahead=ahead)
+    named = {BATCH: Dim(BATCH), TIME: Dim(TIME), TIME_AHEAD: Dim(TIME_AHEAD)}
+    shapes = [{axis: named[dim] for axis, dim in enumerate(dims[name]) if dim in named} for name in dims]
+    try:
+        with quiet():
+            program = torch.onnx.export(
+                _Lookahead(lifted).eval() if ahead else lifted,
+                tuple(trace_inputs(signature, example, ahead=ahead)),
+                dynamo=True,
+                verbose=False,
+                input_names=list(dims),
+                output_names=signature.output_names(),
+                dynamic_shapes=(tuple(shapes),),
+                custom_translation_table=TRANSLATIONS,
+            )
+            assert program is not None, "with dynamo, the exporter returns a program"
+            program.save(path, external_data=False)
+    except Exception as error:
+        raise GraphError(
+            f"{eager.name} could not be exported to {path.name}: {_cause(error)}; write its forward without branches on "
+            "values and without sizes taken from the example"
+        ) from error
+    _check_dims(path, dims, signature)
+
+
+def input_dims(signature: Signature, *, ahead: bool) -> dict[str, Dims]:
+    """The dimensions of each graph input, in order."""
+    dims: dict[str, Dims] = {}
+    for port in signature.inputs:
+        dims[port.name] = port.dims
+        dims[port.name + AHEAD] = tuple(TIME_AHEAD if dim == TIME else dim for dim in port.dims)
+    dims |= {LENGTHS: (BATCH,), LENGTHS + AHEAD: (BATCH,)}
+    dims |= {state.input: (BATCH, str(state.rows), str(state.size)) for state in signature.states}
+    return {name: dims[name] for name in signature.input_names(ahead=ahead)}
+
+
+def trace_inputs(signature: Signature, example: Sequence[Tensor], *, ahead: bool) -> list[Tensor]:
+    """The example at sizes that are at least 2 and like no other of the model's, so that no axis is taken for another."""
+    taken = {int(dim) for port in (*signature.inputs, *signature.outputs) for dim in port.dims if dim.isdecimal()}
+    taken |= {size for state in signature.states for size in (state.rows, state.size)}
+    free = [size for size in range(3, 10 + len(taken)) if size not in taken]
+    # The last two are coprime-ish strides apart, so that their sum is no other size either.
+    sizes = {BATCH: free[0], TIME: free[3], TIME_AHEAD: free[1]}
+    tensors = {}
+    for port, x in zip(signature.inputs, example, strict=True):
+        for name, time in ((port.name, TIME), (port.name + AHEAD, TIME_AHEAD)):
+            grown = grow(x, port.eager_dims.index(TIME), sizes[time])
+            if BATCH in port.eager_dims:
+                grown = grow(grown, port.eager_dims.index(BATCH), sizes[BATCH])
+                tensors[name] = port.fetch(grown)
+            else:
+                rest = grown.movedim(port.eager_dims.index(TIME), 0)
+                tensors[name] = torch.stack([rest] * sizes[BATCH])
+    for name, time in ((LENGTHS, TIME), (LENGTHS + AHEAD, TIME_AHEAD)):
+        tensors[name] = torch.arange(sizes[BATCH], dtype=torch.int32).clamp(max=sizes[time] - 1) + 1
+    for state in signature.states:
+        tensors[state.input] = torch.zeros(sizes[BATCH], state.rows, state.size)
+    return [tensors[name].contiguous() for name in signature.input_names(ahead=ahead)]
+
+
+class _Lookahead(nn.Module):
+    """The exporter takes a module's `forward` only."""
+
+    def __init__(self, lifted: LiftedModel) -> None:
+        super().__init__()
+        self.lifted = lifted
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return self.lifted.lookahead(*tensors)
+
+
+def _cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return one_line(error)
+
+
+def _check_dims(path: Path, inputs: dict[str, Dims], signature: Signature) -> None:
+    """Every dynamic dimension is named, and is dynamic: a graph with the example's sizes in it is refused here."""
+    outputs = {port.name: port.dims for port in signature.outputs}
+    outputs |= {state.output: (BATCH, str(state.rows), str(state.size)) for state in signature.states}
+    model = onnx.load(path)
+    for values, wanted in ((model.graph.input, inputs), (model.graph.output, outputs)):
+        if [value.name for value in values] != list(wanted):
+            raise GraphError(
+                f"{path.name} has {[v.name for v in values]} where {list(wanted)} are wanted; report this model"
+            )
+        for value in values:
+            dims = tuple(dim.dim_param or str(dim.dim_value) for dim in value.type.tensor_type.shape.dim)
+            if dims != wanted[value.name]:
+                raise GraphError(
+                    f"{path.name}: {value.name} came out as [{', '.join(dims)}] where [{', '.join(wanted[value.name])}] is "
+                    "wanted; take sizes in forward from its inputs, not from the example"
+                )
+    onnx.checker.check_model(model)

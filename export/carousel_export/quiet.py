@@ -1,0 +1,50 @@
+"""Silence for the exporters' chatter that says nothing of the model: each message by its own text."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+# What torch 2.13 says while it exports, whatever the model is.
+_KNOWN = (
+    (r"# The axis name: .* will not be used", UserWarning),
+    (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),
+    (r"`torch\.jit\..*` is deprecated", DeprecationWarning),
+)
+_LOGGERS = {
+    # Warns at each export that torchvision is not there.
+    "torch.onnx._internal.exporter._registration": logging.ERROR,
+    # Inform of every node that they leave as it is.
+    "onnxscript": logging.WARNING,
+    "onnx_ir": logging.WARNING,
+}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within, those messages are not shown. The tracer's guesses are not either: the parity gate decides on them."""
+    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+    for name, level in _LOGGERS.items():
+        logging.getLogger(name).setLevel(level)
+    try:
+        with warnings.catch_warnings():
+            for message, category in _KNOWN:
+                warnings.filterwarnings("ignore", message=message, category=category)
+            warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within, PyTorch runs on one thread: small recurrent layers lose hundredfold to threads that wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

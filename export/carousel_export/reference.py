@@ -1,0 +1,137 @@
+"""What eager PyTorch answers under each policy: the model as it is, one sequence at a time, no graph code.
+
+Causal and carry feed and fetch the (h, c) of the untouched `nn.LSTM` modules, piece by piece. Full is one plain run.
+Lookahead runs each layer as single-direction `nn.LSTM`s over a block and the frames ahead of it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from carousel_export.eager import Eager, States, run_layer
+from carousel_export.policies import Full, Lookahead, Piece, Policy
+from carousel_export.recurrent import directions_of
+from carousel_export.signature import Port, Signature
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One stream of frames: a tensor `[time, …]` for each input, the state it starts from, and the client's cuts.
+
+    `initial` has a tensor `[layers × directions, size]` for each state, in the signature's order; None: zero.
+    """
+
+    inputs: tuple[Tensor, ...]
+    initial: tuple[Tensor, ...] | None = None
+    cuts: tuple[int, ...] = ()
+
+    @property
+    def frames(self) -> int:
+        """The stream's length."""
+        return self.inputs[0].shape[0]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a stream is answered: for each output `[time, …]` (or its final value), and each final state."""
+
+    outputs: tuple[Tensor, ...]
+    states: tuple[Tensor, ...]
+
+
+class Reference:
+    """Eager PyTorch under a policy, for sequences one at a time."""
+
+    def __init__(self, eager: Eager, signature: Signature) -> None:
+        self.eager = eager
+        self.signature = signature
+        self._single: dict[tuple[nn.LSTM, int, int], nn.LSTM] = {}
+
+    def run(self, sequence: Stream, policy: Policy) -> Answer:
+        """The stream's answer under a policy, cut as the policy cuts it."""
+        pieces = policy.pieces(sequence.frames, sequence.cuts)
+        return self.run_pieces(
+            sequence, pieces, lookahead=isinstance(policy, Lookahead), plain=isinstance(policy, Full)
+        )
+
+    def run_pieces(
+        self, sequence: Stream, pieces: Sequence[Piece], *, lookahead: bool = False, plain: bool = False
+    ) -> Answer:
+        """The stream's answer over given pieces; `plain`: recurrent calls get no state at all, as offline."""
+        memory = self._memory(sequence)
+        parts: list[list[Tensor]] = []
+        for piece in pieces:
+            end = piece.start + piece.block + piece.ahead
+            inputs = [
+                port.give(x[piece.start : end]) for port, x in zip(self.signature.inputs, sequence.inputs, strict=True)
+            ]
+
+            def answer(call: str, module: nn.LSTM, x: Tensor, piece: Piece = piece) -> tuple[Tensor, States]:
+                unbatched = x.dim() == 2
+                if lookahead:
+                    y, memory[call] = self._lookahead(module, x, memory[call], piece.block)
+                    return y, tuple(s.squeeze(1) if unbatched else s for s in memory[call])
+                states = tuple(s.squeeze(1) if unbatched else s for s in memory[call])
+                y, ended = run_layer(module, x, None if plain else states)
+                memory[call] = tuple(s.unsqueeze(1) if unbatched else s for s in ended)
+                return y, ended
+
+            outputs = self.eager.run(inputs, answer)
+            parts.append([self._cut(port, y, piece) for port, y in zip(self.signature.outputs, outputs, strict=True)])
+        joined = tuple(
+            torch.cat(column) if port.timed else column[-1]
+            for port, column in zip(self.signature.outputs, zip(*parts, strict=True), strict=True)
+        )
+        ended = {call: iter(states) for call, states in memory.items()}
+        return Answer(joined, tuple(next(ended[state.call]).squeeze(1) for state in self.signature.states))
+
+    def _memory(self, sequence: Stream) -> dict[str, States]:
+        """By call, its states `[layers × directions, 1, size]`."""
+        states = self.signature.states
+        initial = sequence.initial or tuple(torch.zeros(state.rows, state.size) for state in states)
+        memory: dict[str, States] = {}
+        for state, tensor in zip(states, initial, strict=True):
+            memory[state.call] = (*memory.get(state.call, ()), tensor.unsqueeze(1))
+        return memory
+
+    def _cut(self, port: Port, y: Tensor, piece: Piece) -> Tensor:
+        taken = port.take(y)
+        return taken[: piece.block] if port.timed else taken
+
+    def _lookahead(self, module: nn.LSTM, x: Tensor, states: States, block: int) -> tuple[Tensor, States]:
+        """A layer stack by the blueprint's words; the state it gives on has zeros for the backward directions."""
+        batched = x.unsqueeze(1) if x.dim() == 2 else x.transpose(0, 1) if module.batch_first else x
+        directions = directions_of(module)
+        ended = tuple(torch.zeros_like(state) for state in states)
+        for layer in range(module.num_layers):
+            row = layer * directions
+            before = tuple(state[row : row + 1].contiguous() for state in states)
+            forward = self._direction(module, layer, 0)
+            y, after = run_layer(forward, batched[:block], before)
+            for state, value in zip(ended, after, strict=True):
+                state[row] = value[0]
+            if len(batched) > block:
+                y = torch.cat([y, run_layer(forward, batched[block:], after)[0]])
+            if directions == 2:
+                # Backward from zero over the frames ahead, then the block: one run over all of them, reversed.
+                backward = self._direction(module, layer, 1)
+                y = torch.cat([y, run_layer(backward, batched.flip(0), None)[0].flip(0)], dim=2)
+            batched = y
+        y = batched.squeeze(1) if x.dim() == 2 else batched.transpose(0, 1) if module.batch_first else batched
+        return y, ended
+
+    def _direction(self, module: nn.LSTM, layer: int, direction: int) -> nn.LSTM:
+        """An eager `nn.LSTM` of one layer and one direction with the module's weights."""
+        key = (module, layer, direction)
+        if key not in self._single:
+            size = module.input_size if layer == 0 else module.hidden_size * directions_of(module)
+            single = nn.LSTM(size, module.hidden_size, bias=module.bias)
+            suffix = f"_l{layer}" + ("_reverse" if direction else "")
+            kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if module.bias else 2]
+            with torch.no_grad():
+                for kind in kinds:
+                    getattr(single, f"{kind}_l0").copy_(getattr(module, kind + suffix))
+            self._single[key] = single.eval().requires_grad_(False)
+        return self._single[key]

@@ -1,0 +1,66 @@
+"""The two runtimes that the gate asks: onnxruntime on the ONNX files, and the TorchScript file as it was loaded again."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import onnxruntime
+import torch
+from torch import Tensor
+
+from carousel_export.graph import LOOKAHEAD, MODEL
+from carousel_export.quiet import quiet
+from carousel_export.torchscript import LOOKAHEAD_METHOD, TORCHSCRIPT, WHOLE_METHOD
+
+
+class Runtime(Protocol):
+    """Runs an exported graph on tensors in the contract's order."""
+
+    name: str
+
+    def run(self, tensors: Sequence[Tensor], *, ahead: bool) -> list[Tensor]:
+        """The graph's outputs; `ahead`: the lookahead graph's."""
+
+
+class OnnxRuntime:
+    """onnxruntime on the CPU, one thread, loading each graph when it is first run."""
+
+    name = "onnxruntime"
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+
+    def run(self, tensors: Sequence[Tensor], *, ahead: bool) -> list[Tensor]:
+        """The graph's outputs; `ahead`: the lookahead graph's."""
+        session = self._session(LOOKAHEAD if ahead else MODEL)
+        feeds = {value.name: tensor.numpy() for value, tensor in zip(session.get_inputs(), tensors, strict=True)}
+        return [torch.from_numpy(array) for array in session.run(None, feeds)]
+
+    def _session(self, file: str) -> onnxruntime.InferenceSession:
+        if file not in self._sessions:
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = 1
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            # A plan for each shape that comes by would never be used again.
+            options.enable_mem_pattern = False
+            path = str(self._folder / file)
+            self._sessions[file] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return self._sessions[file]
+
+
+class TorchScript:
+    """The saved TorchScript file, loaded again."""
+
+    name = "torchscript"
+
+    def __init__(self, folder: Path) -> None:
+        with quiet():
+            self._module = torch.jit.load(folder / TORCHSCRIPT)
+
+    def run(self, tensors: Sequence[Tensor], *, ahead: bool) -> list[Tensor]:
+        """The method's results; `ahead`: those of the method `lookahead`."""
+        method = getattr(self._module, LOOKAHEAD_METHOD if ahead else WHOLE_METHOD)
+        # The profiling executor would compile anew for the shapes of each of the first calls, and most come once.
+        with torch.no_grad(), torch.jit.optimized_execution(False):
+            return list(method(*tensors))

@@ -1,0 +1,164 @@
+"""What a model takes, returns and remembers, with every axis named."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from carousel_export.errors import ExportError
+from carousel_protos.v1 import manifest_pb2 as pb
+
+BATCH, TIME, TIME_AHEAD = "batch", "time", "time_ahead"
+LENGTHS = "lengths"
+AHEAD = "_ahead"
+
+Dims = tuple[str, ...]
+
+_DTYPES = {
+    torch.float32: pb.DATA_TYPE_FLOAT32,
+    torch.int8: pb.DATA_TYPE_INT8,
+    torch.int16: pb.DATA_TYPE_INT16,
+    torch.int32: pb.DATA_TYPE_INT32,
+    torch.int64: pb.DATA_TYPE_INT64,
+    torch.uint8: pb.DATA_TYPE_UINT8,
+    torch.bool: pb.DATA_TYPE_BOOL,
+}
+_FROM_MESSAGE = {message: dtype for dtype, message in _DTYPES.items()}
+SUPPORTED_DTYPES = frozenset(_DTYPES)
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output of the model.
+
+    `eager_dims` are the axes as the caller's model has them. `fed_dims` are the axes in which a batch goes through it:
+    the same, with "batch" put in where the model takes one sequence at a time.
+    """
+
+    name: str
+    dtype: torch.dtype
+    eager_dims: Dims
+    fed_dims: Dims
+
+    @property
+    def dims(self) -> Dims:
+        """The graph's axes: batch first, then time, then the rest as they come."""
+        lead = [dim for dim in (BATCH, TIME) if dim in self.fed_dims]
+        return (*lead, *(dim for dim in self.fed_dims if dim not in lead))
+
+    @property
+    def timed(self) -> bool:
+        """Whether there is a value for each frame (an output without has one for the sequence)."""
+        return TIME in self.fed_dims
+
+    def feed(self, tensor: Tensor) -> Tensor:
+        """From the graph's axes to those in which the model is fed."""
+        lead = len(self.fed_dims) - self._fixed
+        rest = iter(range(lead, len(self.fed_dims)))
+        return tensor.permute([self.dims.index(dim) if dim in (BATCH, TIME) else next(rest) for dim in self.fed_dims])
+
+    def fetch(self, tensor: Tensor) -> Tensor:
+        """From the axes that the fed model returns to the graph's."""
+        lead = [self.fed_dims.index(dim) for dim in (BATCH, TIME) if dim in self.fed_dims]
+        return tensor.permute([*lead, *(axis for axis in range(len(self.fed_dims)) if axis not in lead)])
+
+    def give(self, sequence: Tensor) -> Tensor:
+        """One sequence `[time, …]` as the caller's model takes it: alone, in a batch of one where it wants a batch."""
+        if self.timed:
+            sequence = sequence.movedim(0, [dim for dim in self.eager_dims if dim != BATCH].index(TIME))
+        return sequence.unsqueeze(self.eager_dims.index(BATCH)) if BATCH in self.eager_dims else sequence
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """`give` backwards: `[time, …]`, or `[…]` for an output with one value a sequence."""
+        if BATCH in self.eager_dims:
+            tensor = tensor.squeeze(self.eager_dims.index(BATCH))
+        if self.timed:
+            tensor = tensor.movedim([dim for dim in self.eager_dims if dim != BATCH].index(TIME), 0)
+        return tensor
+
+    def message(self) -> pb.TensorSpec:
+        """The port as the manifest has it."""
+        return pb.TensorSpec(
+            name=self.name, dtype=_DTYPES[self.dtype], dims=list(self.dims), eager_dims=list(self.eager_dims)
+        )
+
+    @classmethod
+    def from_message(cls, message: pb.TensorSpec) -> "Port":
+        """The port that a manifest has; it can be compared with eager PyTorch, and not be fed a batch."""
+        eager = tuple(message.eager_dims)
+        return cls(message.name, _FROM_MESSAGE[message.dtype], eager, eager if BATCH in eager else tuple(message.dims))
+
+    @property
+    def _fixed(self) -> int:
+        return sum(dim not in (BATCH, TIME) for dim in self.fed_dims)
+
+
+@dataclass(frozen=True)
+class State:
+    """One recurrent tensor `[batch, rows, size]` of a call, as a graph input and the output that follows it."""
+
+    call: str
+    letter: str
+    rows: int
+    size: int
+
+    @property
+    def input(self) -> str:
+        """The graph input's name, `lstm.h_0`."""
+        return f"{self.call}.{self.letter}_0"
+
+    @property
+    def output(self) -> str:
+        """The graph output's name, `lstm.h_n`."""
+        return f"{self.call}.{self.letter}_n"
+
+    def message(self) -> pb.StateSpec:
+        """The state as the manifest has it."""
+        return pb.StateSpec(
+            input=self.input,
+            output=self.output,
+            dtype=pb.DATA_TYPE_FLOAT32,
+            dims=[BATCH, str(self.rows), str(self.size)],
+            layer=self.call,
+        )
+
+    @classmethod
+    def from_message(cls, message: pb.StateSpec) -> "State":
+        """The state that a manifest has."""
+        letter = message.input.removeprefix(f"{message.layer}.").removesuffix("_0")
+        return cls(message.layer, letter, int(message.dims[1]), int(message.dims[2]))
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The model from outside; states are in the order in which the model makes its recurrent calls."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    states: tuple[State, ...]
+    # Whether any layer has a backward direction.
+    bidirectional: bool
+
+    def __post_init__(self) -> None:
+        names = [*(port.name for port in self.inputs), *(port.name + AHEAD for port in self.inputs)]
+        names += [LENGTHS, LENGTHS + AHEAD, *(port.name for port in self.outputs)]
+        names += [name for state in self.states for name in (state.input, state.output)]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ExportError(
+                f"{twice[0]!r} names two tensors of the graph; give others with input_names or output_names"
+            )
+
+    @property
+    def whole_sequence(self) -> tuple[Port, ...]:
+        """The outputs that have one value a sequence."""
+        return tuple(port for port in self.outputs if not port.timed)
+
+    def input_names(self, *, ahead: bool) -> list[str]:
+        """The graph's inputs in order; `ahead`: those of the lookahead graph."""
+        suffixes = ("", AHEAD) if ahead else ("",)
+        ports = [port.name + suffix for port in self.inputs for suffix in suffixes]
+        return [*ports, *(LENGTHS + suffix for suffix in suffixes), *(state.input for state in self.states)]
+
+    def output_names(self) -> list[str]:
+        """The graph's outputs in order."""
+        return [*(port.name for port in self.outputs), *(state.output for state in self.states)]
