@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-_MOST_POINTS = 400
+_MOST_POINTS = 100  # more would be a thicket of spikes
+_MOST_DECADES = 6
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -43,10 +44,10 @@ class Axis:
     def decades(
         cls, label: str, values: Sequence[float], *, text: Callable[[int], str] | None = None, zero: str = "0"
     ) -> Self:
-        """Logarithmic, and zero has a place of its own one decade below. What is not finite stands at the top."""
+        """Logarithmic over at most six decades, zero below them; what is not finite stands at the top."""
         finite = [value for value in values if math.isfinite(value) and value > 0] or [1.0]
         low, high = math.floor(math.log10(min(finite))), math.ceil(math.log10(max(finite)))
-        low = min(low, high - 1)
+        low = min(max(low, high - _MOST_DECADES), high - 1)
         text = text or (lambda decade: f"10{str(decade).translate(_SUPERSCRIPTS)}")
         stride = math.ceil((high - low) / 7)
         ticks = [(0.0, zero)] + [(10.0**decade, text(decade)) for decade in range(high, low - 1, -stride)]
@@ -54,7 +55,7 @@ class Axis:
         def scale(value: float) -> float:
             if value == 0:
                 return 0.0
-            return (math.log10(value) - low + 1) / (high - low + 1) if math.isfinite(value) else 1.0
+            return max(0.0, (math.log10(value) - low + 1) / (high - low + 1)) if math.isfinite(value) else 1.0
 
         return cls(label, ticks, scale)
 
@@ -71,7 +72,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over two axes, with its place on the page in pixels. `upside_down` puts small values on top."""
+    """Lines over two axes, with its place on the page in pixels.
+
+    `upside_down` puts small values on top; `limit` is a value of y, and what it is called, drawn as a line across.
+    """
 
     # small enough that the text stays legible on a phone
     width: ClassVar[int] = 440
@@ -86,6 +90,7 @@ class Chart:
     y: Axis
     lines: Sequence[Line]
     upside_down: bool = False
+    limit: tuple[float, str] | None = None
 
     def across(self, value: float) -> float:
         """The x coordinate of a value, in pixels."""
@@ -102,7 +107,7 @@ class Chart:
 
 
 def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most 400 points: of each run of neighbours the highest stays, so that no peak is lost."""
+    """At most 100 points: of each run of neighbours the highest stays, so that no peak is lost."""
     run = math.ceil(len(points) / _MOST_POINTS) or 1
     return [
         max(points[i : i + run], key=lambda point: math.inf if math.isnan(point[1]) else point[1])

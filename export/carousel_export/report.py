@@ -40,7 +40,10 @@ def render(manifest: Manifest, parity: Entry) -> str:
             worst=max(checks, key=lambda check: _sortable(check["max_abs_error"]), default=None),
             groups=_grouped(checks, lambda check: (policy_name(check["policy"]), check["runtime"])),
             state_bytes=sum(_state_bytes(state) for state in manifest.states),
-            errors=[_error_figure(*group) for group in _grouped(parity["error_over_time"], _output).items()],
+            errors=[
+                _error_figure(*group, parity["tolerance"])
+                for group in _grouped(parity["error_over_time"], _output).items()
+            ],
             curves=[_curve_figure(*group) for group in _grouped(parity.get("lookahead_curve", []), _output).items()],
         )
     )
@@ -53,6 +56,7 @@ class Key:
     policy: str
     colour: int
     dashed: bool = False
+    marked: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Figure:
     rows: Sequence[tuple[Key, Entry]]
 
 
-def _error_figure(output: str, series: Sequence[Entry]) -> Figure:
+def _error_figure(output: str, series: Sequence[Entry], tolerance: float) -> Figure:
     colours = _number(policy_name(entry["policy"]) for entry in series)
     lines, rows = [], []
     for entry in series:
@@ -79,8 +83,9 @@ def _error_figure(output: str, series: Sequence[Entry]) -> Figure:
     chart = Chart(
         "Largest absolute error by frame",
         Axis.linear("frame", last),
-        Axis.decades("largest absolute error", values),
+        Axis.decades("largest absolute error", [tolerance, *values]),
         lines,
+        limit=(tolerance, "tolerance"),
     )
     return Figure(output, [chart], rows)
 
@@ -120,7 +125,7 @@ def _curve_figure(output: str, points: Sequence[Entry]) -> Figure:
     ]
     rows = [(Key(name, colours[name], dashed=True), point) for name, point in levels.items()]
     for name, members in blocks.items():
-        rows += [(Key(policy_name(point["policy"]), colours[name]), point) for point in members]
+        rows += [(Key(policy_name(point["policy"]), colours[name], marked=True), point) for point in members]
     return Figure(output, charts, rows)
 
 
@@ -146,7 +151,7 @@ def _meaning(policy: Policy) -> str:
         case PolicyKind.POLICY_KIND_LOOKAHEAD:
             cost = (policy.block + policy.ahead) / policy.block
             return (
-                f"Blocks of {policy.block} frames; backward directions start {policy.ahead} frames after its end. "
+                f"Blocks of {policy.block} frames; backward directions start {policy.ahead} frames after each. "
                 f"Latency {policy.block + policy.ahead} frames, cost {cost:.2f}."
             )
         case _:
@@ -191,6 +196,10 @@ def _error(value: float) -> str:
     return "0" if value == 0 else f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+")
 
 
+def _difference(value: float) -> str:
+    return _error(value) if value < 0.1 else f"{value:.2f}"
+
+
 def _value(value: float) -> str:
     return f"{value:.9g}"  # as many digits as a float32 has, so that the difference shows
 
@@ -227,6 +236,7 @@ def _environment() -> Environment:
         "policy": policy_name,
         "meaning": _meaning,
         "error": _error,
+        "difference": _difference,
         "value": _value,
         "agreement": _agreement,
         "percent": _percent,

@@ -53,7 +53,7 @@ def test_module_says_what_the_package_says(tables: Tables, network: model.Pinyin
         characters = torch.from_numpy(tables.encode(sentence))[None]
         with torch.inference_mode():
             chosen = network(characters)[0].argmax(-1).numpy()
-            scores = exact(characters)[0, 1:-1].numpy()
+            scores = exact.scores(characters)[0, 1:-1].numpy()
         assert tables.read(sentence, chosen) == published(sentence, char_split=True), sentence
         places = tables.ambiguous(sentence)
         largest = max(largest, float(np.abs(scores[places] - published.scores).max()))
