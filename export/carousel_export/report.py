@@ -28,7 +28,9 @@ def render(manifest: Manifest, parity: Entry) -> str:
     `parity` is the content of `parity.json`. Every name in either is escaped; the page has no script and loads nothing.
     Raises `KeyError` or `jinja2.UndefinedError` for a `parity` that lacks a field.
     """
-    checks = parity["checks"]
+    checks, tolerance = parity["checks"], parity["tolerance"]
+    errors = _grouped(parity["error_over_time"], _output)
+    curves = _grouped(parity.get("lookahead_curve", []), _output)
     return (
         _environment()
         .get_template("report.html.j2")
@@ -36,15 +38,12 @@ def render(manifest: Manifest, parity: Entry) -> str:
             manifest=manifest,
             parity=parity,
             # Not parity["maximum"] alone: a page must not say "within" over a table that says otherwise.
-            within=all(check["max_abs_error"] <= parity["tolerance"] for check in checks),
+            within=all(check["max_abs_error"] <= tolerance for check in checks),
             worst=max(checks, key=lambda check: _sortable(check["max_abs_error"]), default=None),
             groups=_grouped(checks, lambda check: (policy_name(check["policy"]), check["runtime"])),
             state_bytes=sum(_state_bytes(state) for state in manifest.states),
-            errors=[
-                _error_figure(*group, parity["tolerance"])
-                for group in _grouped(parity["error_over_time"], _output).items()
-            ],
-            curves=[_curve_figure(*group) for group in _grouped(parity.get("lookahead_curve", []), _output).items()],
+            errors=[_error_figure(output, series, tolerance) for output, series in errors.items()],
+            curves=[_curve_figure(output, points) for output, points in curves.items()],
         )
     )
 
