@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from carousel_client.errors import ResourceExhausted
+from carousel_client.errors import FailedPrecondition, ResourceExhausted, Unavailable
 from carousel_client.policies import Policy, to_message
 from carousel_client.protocol import new_session_id
 from carousel_client.signature import Signature
-from carousel_protos.v1.carousel_pb2 import InferRequest, Open
+from carousel_protos.v1.carousel_pb2 import GetModelResponse, InferRequest, ModelState, Open
 
 # What a server takes by default.
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
@@ -31,6 +31,17 @@ class SessionOptions:
             request.policy.CopyFrom(to_message(self.policy))
         signature.encode_state(request.initial_state, self.initial_state or {})
         return request
+
+
+def read_signature(response: GetModelResponse) -> Signature:
+    """Raises `Unavailable` or `FailedPrecondition` for a model that is not served now."""
+    if response.HasField("manifest"):
+        return Signature.read(response.manifest)
+    status = response.status
+    if status.state == ModelState.MODEL_STATE_LOADING:
+        raise Unavailable(f"model {status.name!r} is loading; try again", retry_after=1.0)
+    why = f" ({status.reason})" if status.reason else ""
+    raise FailedPrecondition(f"version {status.version} of model {status.name!r} is not loaded{why}; load it first")
 
 
 def infer_request(

@@ -11,6 +11,7 @@ import grpc
 from carousel_client.connection import CHANNEL_OPTIONS, CLOSE_GRACE_S, closed_error
 from carousel_client.errors import CarouselError, Unavailable, from_rpc
 from carousel_client.protocol import SessionState, StreamState
+from carousel_client.requests import read_signature
 from carousel_client.signature import Signature
 from carousel_protos.v1.carousel_pb2 import Chunk, GetModelRequest, Open, Opened, Result
 from carousel_protos.v1.carousel_pb2_grpc import CarouselStub
@@ -58,7 +59,7 @@ class Connection:
         key = (model, version)
         if key not in self._signatures:
             response = await self.unary(self.stub.GetModel, GetModelRequest(model=model, version=version), timeout)
-            signature = self._signatures[key] = Signature.read(response.manifest)
+            signature = self._signatures[key] = read_signature(response)
             self._signatures[model, signature.version] = signature
         return self._signatures[key]
 

@@ -1,0 +1,64 @@
+"""`carousel serve`."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from carousel_cli.common import extra
+from carousel_server.config import ServerConfig
+from carousel_server.errors import CarouselError, ConfigError
+
+_FIELDS = ServerConfig.__dataclass_fields__
+
+
+def _option(flag: str, field: str, help: str, kind: Any = None) -> Callable[[Any], Any]:  # noqa: A002 -- click's word
+    default = _FIELDS[field].default
+    return click.option(flag, field, type=kind or type(default), default=default, show_default=True, help=help)
+
+
+@click.command()
+@click.option(
+    "--models",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    required=True,
+    help="The folder with bundles, <models>/<name>/<version>; the newest version of each model is served.",
+)
+@_option("--listen", "listen", "HOST:PORT; port 0 takes any that is free.")
+@_option("--device", "device", "Where the models run.", click.Choice(["cpu", "cuda"]))
+@_option("--threads", "threads", "Threads inside one model call; 0 leaves the choice to the server.")
+@_option("--max-batch", "max_batch", "Sessions in one model call.")
+@_option("--max-sessions", "max_sessions", "Open sessions.")
+@_option("--max-message-bytes", "max_message_bytes", "Bytes of one message.")
+@_option("--max-chunk-frames", "max_chunk_frames", "Frames of one chunk, or of a row of an infer call.")
+@_option("--max-buffered-frames", "max_buffered_frames", "Frames of a session that were not run yet.")
+@_option("--max-block-frames", "max_block_frames", "Frames of a causal chunk that are run at once.")
+@_option("--max-pending-chunks", "max_pending_chunks", "Chunks of a session that wait for their answer.")
+@_option("--max-pending-rows", "max_pending_rows", "Rows of infer calls that wait for a model.")
+@_option("--idle-timeout", "idle_timeout_s", "Seconds after which an unused session is forgotten.")
+@_option("--drain-timeout", "drain_timeout_s", "Seconds that open sessions are given to finish after SIGTERM.")
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="What is logged to stderr.",
+)
+def command(log_level: str, **settings: Any) -> None:
+    """Serve every bundle in a folder over gRPC, until SIGTERM or Ctrl-C."""
+    with extra("server"):
+        from carousel_server.serve import run  # noqa: PLC0415 -- needs the extra
+
+    try:
+        config = ServerConfig(**settings)
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from error
+    logging.basicConfig(
+        level=log_level.upper(), format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"
+    )
+    try:
+        run(config)
+    except CarouselError as error:
+        raise click.ClickException(str(error)) from error

@@ -1,0 +1,86 @@
+"""The eager model that the command line names: a factory, and a checkpoint to load into it. Needs torch."""
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Self
+
+import click
+import torch
+from torch import Tensor, nn
+
+from carousel_cli.common import import_object, one_line
+
+
+def make_model(reference: str, checkpoint: Path | None) -> tuple[nn.Module, tuple[Tensor, ...] | None]:
+    """What MODULE:FACTORY returns: a module, with example inputs if it gives any. Raises `click.ClickException`."""
+    factory = import_object(reference)
+    try:
+        made = factory()
+    except Exception as error:
+        raise click.ClickException(f"{reference} failed: {one_line(error)}") from error
+    model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise click.ClickException(
+            f"{reference} returned a {type(model).__name__}; return an nn.Module, or (nn.Module, example_inputs)"
+        )
+    if checkpoint is not None:
+        _load(model, checkpoint)
+    return model, (example,) if isinstance(example, Tensor) else example
+
+
+def _load(model: nn.Module, checkpoint: Path) -> None:
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise click.ClickException(
+            f"{checkpoint} cannot be read as a checkpoint of plain tensors; write it with "
+            f"torch.save(model.state_dict(), …) ({one_line(error)})"
+        ) from error
+    if not isinstance(state, dict):
+        raise click.ClickException(
+            f"{checkpoint} holds a {type(state).__name__}; write it with torch.save(model.state_dict(), …)"
+        )
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise click.ClickException(f"{checkpoint} does not fit {type(model).__name__}: {one_line(error)}") from error
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """An input as --input gives it, `x:float32:batch,time,80`."""
+
+    name: str
+    dtype: torch.dtype
+    dims: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises `click.UsageError`."""
+        name, dtype, dims = (*text.split(":"), "", "")[:3]
+        found = getattr(torch, dtype, None)
+        sizes = tuple(dim.strip() for dim in dims.split(","))
+        known = all(dim in ("batch", "time") or (dim.isdecimal() and int(dim) > 0) for dim in sizes)
+        if text.count(":") != 2 or not name or not isinstance(found, torch.dtype) or not known or "time" not in sizes:
+            raise click.UsageError(f"--input {text!r} is not NAME:DTYPE:DIMS, such as x:float32:batch,time,80")
+        return cls(name, found, sizes)
+
+
+def draw_inputs(specs: Sequence[InputSpec], model: nn.Module) -> tuple[Tensor, ...]:
+    """Example inputs: normal numbers, and for whole numbers any that every embedding of the model has."""
+    taken = {int(dim) for spec in specs for dim in spec.dims if dim.isdecimal()}
+    # The exporter tells axes apart by their sizes.
+    batch, time = islice((size for size in count(3, 4) if size not in taken), 2)
+    ids = min((layer.num_embeddings for layer in model.modules() if isinstance(layer, nn.Embedding)), default=2)
+    drawn = []
+    for spec in specs:
+        shape = [{"batch": batch, "time": time}.get(dim) or int(dim) for dim in spec.dims]
+        drawn.append(
+            torch.randn(shape).to(spec.dtype)
+            if spec.dtype.is_floating_point
+            else torch.randint(0, ids, shape).to(spec.dtype)
+        )
+    return tuple(drawn)

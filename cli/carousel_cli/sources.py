@@ -1,0 +1,171 @@
+"""What `carousel stream` sends: frames from a file, or from standard input as they arrive."""
+
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from carousel_protos.v1.manifest_pb2 import DataType, Manifest
+
+Array = NDArray[Any]
+# Bytes asked of a pipe at once; it gives what it has.
+_READ = 1 << 20
+
+
+class SourceError(Exception):
+    """The input cannot be read; the message is one line."""
+
+
+class Source(Protocol):
+    """An iterable of chunks, as `Session.stream` takes them.
+
+    `total` is the number of frames where it is known beforehand, `sent` those that were taken so far.
+    """
+
+    total: int | None
+    sent: int
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+@contextmanager
+def open_source(name: str, manifest: Manifest, chunk: int) -> Iterator[Source]:
+    """The input called `name`, in chunks of at most `chunk` frames. Raises `SourceError`."""
+    if name == "-":
+        yield _open_pipe(sys.stdin.buffer, manifest, chunk)
+        return
+    try:
+        loaded = np.load(name, mmap_mode="r" if name.endswith(".npy") else None, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise SourceError(f"{name} cannot be read as .npy or .npz: {error}") from error
+    if isinstance(loaded, np.ndarray):
+        if len(manifest.inputs) > 1:
+            names = ", ".join(spec.name for spec in manifest.inputs)
+            raise SourceError(f"{manifest.name} has several inputs; give an .npz file with the arrays {names}")
+        yield Arrays({manifest.inputs[0].name: loaded}, chunk)
+        return
+    with loaded:
+        yield Arrays({key: loaded[key] for key in loaded.files}, chunk)
+
+
+class Arrays:
+    """Whole arrays, `[frames, …]` by input name."""
+
+    def __init__(self, arrays: dict[str, Array], chunk: int) -> None:
+        lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
+        if len(set(lengths.values())) != 1 or 0 in lengths.values():
+            raise SourceError(f"the arrays have {lengths} frames; give the same number of each, and at least 1")
+        self.total: int | None = next(iter(lengths.values()))
+        self.sent = 0
+        self._arrays = arrays
+        self._chunk = chunk
+
+    def __iter__(self) -> Iterator[dict[str, Array]]:
+        assert self.total is not None, "an array has a length"
+        for start in range(0, self.total, self._chunk):
+            chunk = {name: array[start : start + self._chunk] for name, array in self._arrays.items()}
+            self.sent = min(start + self._chunk, self.total)
+            yield chunk
+
+
+def _open_pipe(pipe: BinaryIO, manifest: Manifest, chunk: int) -> Source:
+    if len(manifest.inputs) > 1:
+        raise SourceError(f"{manifest.name} has several inputs, and standard input carries one; give an .npz file")
+    assert hasattr(pipe, "peek"), "standard input is buffered"
+    # The first byte of an .npy file begins no text.
+    if pipe.peek(1)[:1] == npy.MAGIC_PREFIX[:1]:
+        return PipedArray(pipe, chunk)
+    return PipedLines(pipe, manifest, chunk)
+
+
+class PipedArray:
+    """An .npy file on a pipe."""
+
+    def __init__(self, pipe: BinaryIO, chunk: int) -> None:
+        try:
+            version = npy.read_magic(pipe)
+            read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
+            shape, fortran, dtype = read(pipe)
+        except (ValueError, KeyError) as error:
+            raise SourceError(
+                f"standard input begins like an .npy file and is none that can be read: {error}"
+            ) from error
+        if dtype.hasobject or not shape or 0 in shape or (fortran and len(shape) > 1):
+            raise SourceError(
+                "standard input holds an .npy file without frames, of objects, or in Fortran order; "
+                "save numpy.ascontiguousarray(x) of numbers, [frames, …]"
+            )
+        self.total: int | None = shape[0]
+        self.sent = 0
+        self._frame = shape[1:]
+        self._dtype = dtype
+        self._pipe = pipe
+        self._chunk = chunk
+
+    def __iter__(self) -> Iterator[Array]:
+        assert self.total is not None, "the header says it"
+        size = self._dtype.itemsize * int(np.prod(self._frame))
+        held = b""
+        while self.sent < self.total:
+            if not (came := _read_some(self._pipe)):
+                raise SourceError(f"standard input ended after {self.sent} of {self.total} frames")
+            held += came
+            whole = min(len(held) // size, self.total - self.sent)
+            frames = np.frombuffer(held, self._dtype, whole * size // self._dtype.itemsize).reshape(whole, *self._frame)
+            held = held[whole * size :]
+            for start in range(0, whole, self._chunk):
+                part = frames[start : start + self._chunk]
+                self.sent += len(part)
+                yield part
+
+
+class PipedLines:
+    """Lines of numbers on a pipe, with blanks or commas between them; a line is a frame, empty ones are passed over."""
+
+    def __init__(self, pipe: BinaryIO, manifest: Manifest, chunk: int) -> None:
+        spec = manifest.inputs[0]
+        self.total: int | None = None
+        self.sent = 0
+        self._dtype = np.dtype(DataType.Name(spec.dtype).removeprefix("DATA_TYPE_").lower())
+        self._frame = tuple(int(dim) for dim in spec.dims if dim not in ("batch", "time"))
+        self._pipe = pipe
+        self._chunk = chunk
+        self._line = 0
+
+    def __iter__(self) -> Iterator[Array]:
+        held = b""
+        while came := _read_some(self._pipe):
+            *lines, held = (held + came).split(b"\n")
+            yield from self._chunks(lines)
+        yield from self._chunks([held])
+
+    def _chunks(self, lines: list[bytes]) -> Iterator[Array]:
+        frames = [frame for line in lines if (frame := self._parse(line)) is not None]
+        for start in range(0, len(frames), self._chunk):
+            part = np.stack(frames[start : start + self._chunk])
+            self.sent += len(part)
+            yield part
+
+    def _parse(self, line: bytes) -> Array | None:
+        self._line += 1
+        words = line.replace(b",", b" ").split()
+        if not words:
+            return None
+        number = int if self._dtype.kind in "biu" else float
+        try:
+            return np.array([number(word) for word in words], self._dtype).reshape(self._frame)
+        except (ValueError, OverflowError) as error:
+            wanted = f"{int(np.prod(self._frame))} numbers of {self._dtype.name}"
+            raise SourceError(f"line {self._line} of standard input is not {wanted}: {error}") from error
+
+
+def _read_some(pipe: BinaryIO) -> bytes:
+    """What has arrived, and at least a byte of it; nothing at the end."""
+    assert hasattr(pipe, "read1"), "standard input is buffered"
+    came: bytes = pipe.read1(_READ)
+    return came
