@@ -47,7 +47,7 @@ def find_signature(
     """
     names = _input_names(eager, example, input_names)
     _check_example(names, example)
-    tree = eager.run_example(example)
+    tree = eager.run_tree(example)
     base = _run(eager, example)
     assert base is not None, "the example ran a moment ago"
     if not base.calls:
@@ -70,7 +70,8 @@ def find_signature(
     for name, named in outputs.items():
         if TIME in named and (got := base.outputs[list(outputs).index(name)].shape[named.index(TIME)]) != frames:
             raise ExampleError(
-                f"output {name!r} has {got} frames where the input has {frames}; return one value a frame, or one a sequence"
+                f"output {name!r} has {got} frames where the input has {frames}; return a value for each frame, or "
+                "one for the sequence"
             )
     return Signature(
         inputs=tuple(
@@ -109,7 +110,7 @@ def _run(eager: Eager, inputs: Sequence[Tensor]) -> _Run | None:
 
 
 def _search(eager: Eager, example: tuple[Tensor, ...], base: _Run, role: str) -> tuple[int, ...] | None:
-    """For each input the axis that is `role`: growing them together grows that axis of every recurrent call, no other."""
+    """For each input its axis that is `role`: growing them together grows that of each recurrent call, no other."""
     for axes, run in _grown(eager, example):
         if not _strayed(base, run, role):
             return axes
@@ -154,8 +155,8 @@ def _lost(eager: Eager, example: tuple[Tensor, ...], base: _Run, names: Sequence
                 "only layers that take one step a frame can be exported"
             )
     return ExampleError(
-        f"no axis that all inputs ({', '.join(names)}) share is time: growing none by one gives {base.calls[0].name} one "
-        "more step and leaves its batch alone; name the axes with dims, and give every input a value for each frame"
+        f"no axis that all inputs ({', '.join(names)}) share is time: growing none by one gives {base.calls[0].name} "
+        "one more step and leaves its batch alone; name the axes with dims, and give every input a value for each frame"
     )
 
 
@@ -193,8 +194,9 @@ def _find_fed(
     input_dims: Sequence[Dims],
     outputs: Mapping[str, Dims],
 ) -> tuple[list[Dims], list[Dims]]:
-    """Where a model that takes one sequence at a time takes a batch: a place for it that changes no sequence's answer."""
-    rows = [example, tuple(x.flip(axis) for x, axis in zip(example, time_axes, strict=True)), example]
+    """Where a model that takes one sequence at a time can take a batch without any sequence's answer changing."""
+    longer = [grow(x, axis, max(5, x.shape[axis])) for x, axis in zip(example, time_axes, strict=True)]
+    rows = [[x.roll(shift, axis) for x, axis in zip(longer, time_axes, strict=True)] for shift in range(3)]
     alone = [eager.run(row) for row in rows]
     for place in (0, 1):
         together = eager.try_run([torch.stack(x, place) for x in zip(*rows, strict=True)])

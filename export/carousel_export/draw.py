@@ -70,7 +70,7 @@ def given_streams(signature: Signature, data: Sequence[Tensor | Sequence[Tensor]
             wanted = [int(dim) for dim in port.dims[2:]]
             if x.dtype != port.dtype or list(x.shape[1:]) != wanted or not x.numel():
                 raise ExampleError(
-                    f"data[{i}] gives {port.name!r} {x.dtype} {list(x.shape)}; give {port.dtype} [time{''.join(f', {w}' for w in wanted)}]"
+                    f"data[{i}] gives {port.name!r} {x.dtype} {list(x.shape)}; give {port.dtype} [time, *{wanted}]"
                 )
         if len({len(x) for x in inputs}) != 1:
             raise ExampleError(f"data[{i}] has inputs of different length; give each as many frames")

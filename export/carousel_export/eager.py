@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from carousel_export.errors import ExampleError, ModelError, one_line
+from carousel_export.errors import ExampleError, ExportError, ModelError, one_line
 from carousel_export.recurrent import find_recurrent, kind_of
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ def plain(_call: str, module: nn.LSTM, x: Tensor) -> tuple[Tensor, States]:
 
 def run_layer(module: nn.LSTM, x: Tensor, states: States | None) -> tuple[Tensor, States]:
     """What eager PyTorch answers from these states (None: from zero)."""
-    return nn.LSTM.forward(module, x, states)  # type: ignore[no-any-return]  # torch annotates its overloads loosely
+    return nn.LSTM.forward(module, x, states)  # type: ignore[arg-type]  # a pair, as `states_of` says
 
 
 class Eager:
@@ -52,6 +53,9 @@ class Eager:
             log.info("%s was in training mode: its copy is exported in evaluation mode", type(model).__name__)
         self.module.eval().requires_grad_(False)
         self.recurrent = find_recurrent(self.module)
+        for path, layer in self.recurrent.items():
+            if layer.dropout:
+                log.info("%s: dropout=%g is inactive, as in evaluation mode", path or self.name, layer.dropout)
 
     @property
     def name(self) -> str:
@@ -59,11 +63,14 @@ class Eager:
         return type(self.module).__name__
 
     def run(self, inputs: Sequence[Tensor], handler: Handler = plain) -> list[Tensor]:
-        """The model's outputs, flattened, with every recurrent call answered by `handler`."""
+        """The model's outputs, flattened, with every recurrent call answered by `handler`.
+
+        Raises `ExampleError` where the model fails on the inputs.
+        """
         return pytree.tree_leaves(self.run_tree(inputs, handler))
 
     def run_tree(self, inputs: Sequence[Tensor], handler: Handler = plain) -> Any:
-        """The model's outputs as it returns them."""
+        """The model's outputs as it returns them; else as `run`."""
         counts: Counter[str] = Counter()
 
         def answer(path: str, module: nn.LSTM, *args: Any, **kwargs: Any) -> tuple[Tensor, States]:
@@ -73,34 +80,28 @@ class Eager:
 
         for path, module in self.recurrent.items():
             # An instance's own `forward` comes before its class's, and hooks of the caller's still run around it.
-            module.forward = functools.partial(answer, path, module)
+            module.__dict__["forward"] = functools.partial(answer, path, module)
         try:
             with torch.no_grad():
                 return self.module(*inputs)
-        finally:
-            for module in self.recurrent.values():
-                del module.forward
-
-    def try_run(self, inputs: Sequence[Tensor], handler: Handler = plain) -> list[Tensor] | None:
-        """`run`, or None where the model cannot run on such inputs: for experiments."""
-        try:
-            return self.run(inputs, handler)
-        except ModelError:
-            raise
-        except Exception:  # noqa: BLE001 - whatever the caller's code raises on a shape that it was not written for
-            return None
-
-    def run_example(self, inputs: Sequence[Tensor], handler: Handler = plain) -> Any:
-        """`run_tree` on the caller's own example. Raises `ExampleError` where the model fails on it."""
-        try:
-            return self.run_tree(inputs, handler)
-        except ModelError:
+        except ExportError:
             raise
         except Exception as error:
             shapes = ", ".join(f"{x.dtype} {list(x.shape)}" for x in inputs)
             raise ExampleError(
-                f"{self.name} fails on the example inputs ({shapes}): {one_line(error)}; give inputs that it runs on"
+                f"{self.name} fails on inputs {shapes}: {one_line(error)}; give an example that it runs on, and write "
+                "its forward for any number of frames"
             ) from error
+        finally:
+            for module in self.recurrent.values():
+                del module.__dict__["forward"]
+
+    def try_run(self, inputs: Sequence[Tensor], handler: Handler = plain) -> list[Tensor] | None:
+        """`run`, or None where the model fails on such inputs: for experiments."""
+        try:
+            return self.run(inputs, handler)
+        except ExampleError:
+            return None
 
 
 def call_name(path: str, module: nn.Module, count: int) -> str:
@@ -123,7 +124,7 @@ def _argument(call: str, input: Tensor | PackedSequence, hx: States | None = Non
 
 def _check_weights(module: nn.Module) -> None:
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
             raise ModelError(f"{name} has no shape yet; run the model once, then export it")
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise ModelError(f"{name} is {tensor.dtype}; export the model in float32: model.float()")

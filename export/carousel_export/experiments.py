@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from carousel_export.draw import Draw
 from carousel_export.eager import States, run_layer
-from carousel_export.errors import ModelError, PolicyError
+from carousel_export.errors import ExampleError, PolicyError
 from carousel_export.policies import Carry, Causal, Full, Lookahead, Piece, Policy
 from carousel_export.reference import Reference
 
@@ -48,21 +48,19 @@ def find_policies(reference: Reference, draw: Draw) -> Findings:
 
 def choose(policy: Policy | None, findings: Findings) -> tuple[Policy, tuple[Policy, ...]]:
     """The bundle's default and all that it allows. Raises `PolicyError` for a policy that would answer wrongly."""
-    chosen = policy or {Causal: Causal(), Lookahead: Lookahead(8, 8)}.get(_preferred(findings), Full())
+    usual: tuple[Policy, ...] = (Causal(), Carry(), Lookahead(8, 8), Full())
+    allowed = tuple(each for each in usual if type(each) in findings.policies)
+    # Carry is offered, and is nobody's default: a backward direction that sees nothing ahead errs most.
+    chosen = policy or next(each for each in allowed if not isinstance(each, Carry))
     if type(chosen) not in findings.policies:
         reason = findings.reason or (
-            "the model has a backward direction, which causal has no frames for"
+            "a direction of the model runs backwards"
             if isinstance(chosen, Causal)
-            else "the model has no backward direction that could look ahead"
+            else "no direction of the model runs backwards and could look ahead"
         )
-        allowed = ", ".join(kind.__name__.lower() for kind in findings.policies)
-        raise PolicyError(f"{type(chosen).__name__.lower()} would answer wrongly: {reason}; choose of: {allowed}")
-    defaults = {Causal: Causal(), Carry: Carry(), Lookahead: Lookahead(8, 8), Full: Full()}
-    return chosen, tuple(chosen if kind is type(chosen) else defaults[kind] for kind in findings.policies)
-
-
-def _preferred(findings: Findings) -> type[Policy]:
-    return next((kind for kind in (Lookahead, Causal) if kind in findings.policies), Full)
+        names = ", ".join(type(each).__name__.lower() for each in allowed)
+        raise PolicyError(f"{type(chosen).__name__.lower()} is not for this model: {reason}; choose of: {names}")
+    return chosen, tuple(chosen if type(each) is type(chosen) else each for each in allowed)
 
 
 def _mixes_time(reference: Reference, draw: Draw) -> str:
@@ -78,9 +76,8 @@ def _mixes_time(reference: Reference, draw: Draw) -> str:
     with _Recorder(reference.eager.module) as cut:
         try:
             got = reference.run_pieces(stream, pieces, lookahead=backward)
-        except ModelError:
-            raise
-        except Exception:  # noqa: BLE001 - the caller's code, on fewer frames than it can take
+        except ExampleError:
+            # Fewer frames than the model can take.
             got = None
     if got and all(_same(a, b) for a, b in zip(wanted.outputs, got.outputs, strict=True)):
         return ""

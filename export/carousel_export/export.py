@@ -50,10 +50,10 @@ def export(
 
     `model` is left as it is: a copy of it in evaluation mode, float32, on the CPU is exported. `example_inputs` is one
     tensor or one for each argument of `forward`, in the layout that the model takes; batch and time are found by
-    experiment, unless `dims` gives the axes, such as `{"x": ("batch", "time", "80")}`. `policy` is the bundle's default:
-    if absent, lookahead(8, 8) for a model with a backward direction and causal for any other. `labels` names the
-    classes of an output's last dimension. `data` are sequences of the caller's, each one tensor `[time, …]` for each
-    input, which the gate and the look-ahead curve use beside drawn ones.
+    experiment, unless `dims` gives the axes, such as `{"x": ("batch", "time", "80")}`. `policy` is the bundle's
+    default: if absent, lookahead(8, 8) for a model with a backward direction and causal for any other. `labels` names
+    the classes of an output's last dimension. `data` are sequences of the caller's, each one tensor `[time, …]` for
+    each input; the gate tries them beside drawn ones, and the look-ahead curve is theirs.
 
     Raises `ExportError` (see `carousel_export.errors`), and `BundleError` for a name or version that cannot be written;
     then there is no bundle.
@@ -106,9 +106,7 @@ def parity(bundle: Bundle, model: nn.Module) -> dict[str, Any]:
         )
         paths = {state.call.partition(".call")[0] for state in signature.states}
         if missing := paths - {call_name(path, module, 0) for path, module in eager.recurrent.items()}:
-            raise ExportError(
-                f"{eager.name} has no layer {sorted(missing)[0]!r}; give the model that {bundle.path} is of"
-            )
+            raise ExportError(f"{eager.name} has no layer {min(missing)!r}; give the model that {bundle.path} is of")
         draw = Draw(signature, read_samples(bundle.file(GOLDEN), signature))
         policies = [from_message(policy) for policy in manifest.policies]
         return prove(bundle.path, Reference(eager, signature), draw, policies, ragged=manifest.ragged)

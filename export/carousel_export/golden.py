@@ -18,7 +18,7 @@ _LENGTHS = (1, 7, 18, 31)
 
 
 def write_golden(path: Path, reference: Reference, draw: Draw, policies: Sequence[Policy]) -> None:
-    """Write cases for each policy, with eager PyTorch's answers; causal and carry start from a state that is not zero."""
+    """Write cases for each policy, with eager PyTorch's answers; causal and carry start from a non-zero state."""
     signature = reference.signature
     tensors: dict[str, Tensor] = {}
     cases = []

@@ -12,7 +12,7 @@ from carousel_export.axes import grow
 from carousel_export.eager import Eager
 from carousel_export.errors import GraphError, one_line
 from carousel_export.lift import LiftedModel, bind_onnx, lift
-from carousel_export.lstm import TRANSLATIONS
+from carousel_export.lstm import OPSET, TRANSLATIONS
 from carousel_export.quiet import quiet
 from carousel_export.signature import AHEAD, BATCH, LENGTHS, TIME, TIME_AHEAD, Dims, Signature
 
@@ -36,6 +36,7 @@ def write_graph(
                 _Lookahead(lifted).eval() if ahead else lifted,
                 tuple(trace_inputs(signature, example, ahead=ahead)),
                 dynamo=True,
+                opset_version=OPSET,
                 verbose=False,
                 input_names=list(dims),
                 output_names=signature.output_names(),
@@ -46,8 +47,8 @@ def write_graph(
             program.save(path, external_data=False)
     except Exception as error:
         raise GraphError(
-            f"{eager.name} could not be exported to {path.name}: {_cause(error)}; write its forward without branches on "
-            "values and without sizes taken from the example"
+            f"{eager.name} could not be exported to {path.name}: {_cause(error)}; write its forward without branches "
+            "on values and without sizes taken from the example"
         ) from error
     _check_dims(path, dims, signature)
 
@@ -64,12 +65,11 @@ def input_dims(signature: Signature, *, ahead: bool) -> dict[str, Dims]:
 
 
 def trace_inputs(signature: Signature, example: Sequence[Tensor], *, ahead: bool) -> list[Tensor]:
-    """The example at sizes that are at least 2 and like no other of the model's, so that no axis is taken for another."""
+    """The example at sizes from 3 on, unlike any other of the model's, so that no axis is taken for another."""
     taken = {int(dim) for port in (*signature.inputs, *signature.outputs) for dim in port.dims if dim.isdecimal()}
     taken |= {size for state in signature.states for size in (state.rows, state.size)}
     free = [size for size in range(3, 10 + len(taken)) if size not in taken]
-    # The last two are coprime-ish strides apart, so that their sum is no other size either.
-    sizes = {BATCH: free[0], TIME: free[3], TIME_AHEAD: free[1]}
+    sizes = {BATCH: free[0], TIME_AHEAD: free[1], TIME: free[2]}
     tensors = {}
     for port, x in zip(signature.inputs, example, strict=True):
         for name, time in ((port.name, TIME), (port.name + AHEAD, TIME_AHEAD)):
@@ -118,7 +118,7 @@ def _check_dims(path: Path, inputs: dict[str, Dims], signature: Signature) -> No
             dims = tuple(dim.dim_param or str(dim.dim_value) for dim in value.type.tensor_type.shape.dim)
             if dims != wanted[value.name]:
                 raise GraphError(
-                    f"{path.name}: {value.name} came out as [{', '.join(dims)}] where [{', '.join(wanted[value.name])}] is "
-                    "wanted; take sizes in forward from its inputs, not from the example"
+                    f"{path.name}: {value.name} came out as [{', '.join(dims)}] where "
+                    f"[{', '.join(wanted[value.name])}] is wanted; take sizes in forward from its inputs alone"
                 )
     onnx.checker.check_model(model)

@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -177,22 +177,23 @@ def bind_onnx(layers: dict[str, LiftedLSTM]) -> None:
     """Layers that call the fused operator, with its weights packed now, so that they are initialisers of the graph."""
     packed: dict[tuple[int, ...], Tensor] = {}
 
-    def share(sources: Iterable[Tensor], pack: Callable[[], Tensor]) -> Tensor:
+    def share(pack: Callable[[Sequence[Tensor]], Tensor], sources: Sequence[Tensor]) -> Tensor:
         # Weights that two layers share stay one initialiser.
         key = tuple(id(source) for source in sources)
-        return packed.setdefault(key, packed[key] if key in packed else pack())
+        if key not in packed:
+            packed[key] = pack(sources)
+        return packed[key]
 
     for module in layers.values():
         for layer in range(module.num_layers):
             for direction in ("forward", "reverse", "bidirectional") if module.bidirectional else ("forward",):
-                w, r, *biases = zip(*layer_weights(module, layer, direction), strict=True)
+                sides = layer_weights(module, layer, direction)
                 name = f"{direction}_{layer}"
-                module.register_buffer(f"w_{name}", share(w, lambda w=w: pack_gates(w)))
-                module.register_buffer(f"r_{name}", share(r, lambda r=r: pack_gates(r)))
-                if biases:
-                    pairs = list(zip(*biases, strict=True))
-                    flat = [tensor for pair in pairs for tensor in pair]
-                    module.register_buffer(f"b_{name}", share(flat, lambda pairs=pairs: pack_biases(pairs)))
+                module.register_buffer(f"w_{name}", share(pack_gates, [side[0] for side in sides]))
+                module.register_buffer(f"r_{name}", share(pack_gates, [side[1] for side in sides]))
+                if module.bias:
+                    biases = [bias for side in sides for bias in side[2:]]
+                    module.register_buffer(f"b_{name}", share(pack_biases, biases))
         module.run_layer = _onnx_layer(module)
 
 
@@ -202,6 +203,7 @@ def _onnx_layer(module: LiftedLSTM) -> RunLayer:
     ) -> tuple[Tensor, Tensor, Tensor]:
         w, r = (getattr(module, f"{letter}_{direction}_{layer}") for letter in "wr")
         b = getattr(module, f"b_{direction}_{layer}") if module.bias else None
-        return lstm(x, w, r, b, lengths, h_0, c_0, direction)
+        results: tuple[Tensor, Tensor, Tensor] = lstm(x, w, r, b, lengths, h_0, c_0, direction)
+        return results
 
     return run

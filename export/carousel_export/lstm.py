@@ -3,14 +3,14 @@
 Gate order: PyTorch has i, f, g, o; ONNX has i, o, f, c (the ONNX operator specification, LSTM, version 14).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from onnxscript import opset20 as op
 from torch import Tensor
 
-DIRECTIONS = {"forward": 1, "reverse": 1, "bidirectional": 2}
+OPSET = 20
 _TO_ONNX = (0, 3, 1, 2)
 _TO_TORCH = (0, 2, 3, 1)
 
@@ -66,9 +66,9 @@ def pack_gates(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([_reorder(tensor, _TO_ONNX) for tensor in tensors])
 
 
-def pack_biases(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """`(bias_ih, bias_hh)` per direction → ONNX's B, `[directions, 8 × hidden]`."""
-    return torch.cat([pack_gates([pair[side] for pair in pairs]) for side in (0, 1)], dim=1)
+def pack_biases(tensors: Sequence[Tensor]) -> Tensor:
+    """bias_ih and bias_hh of each direction in turn → ONNX's B, `[directions, 8 × hidden]`."""
+    return torch.cat([pack_gates(tensors[0::2]), pack_gates(tensors[1::2])], dim=1)
 
 
 @torch.library.custom_op("carousel::lstm", mutates_args=())
@@ -109,15 +109,15 @@ def _(
 
 
 def onnx_lstm(x: Any, w: Any, r: Any, b: Any, lengths: Any, h_0: Any, c_0: Any, direction: str) -> Any:
-    """The operator as ONNX nodes: one fused LSTM, and its Y `[time, directions, batch, hidden]` laid out as PyTorch's."""
+    """The operator as ONNX nodes: a fused LSTM, and its Y `[time, directions, batch, hidden]` laid out as PyTorch's."""
     directions, _, hidden = (int(size) for size in r.shape)
     y, h_n, c_n = op.LSTM(x, w, r, b, lengths, h_0, c_0, hidden_size=hidden, direction=direction)
     # Zeros keep a dimension as it is: time may be 0, where -1 could not be inferred.
-    shape = op.Constant(value_ints=[0, 0, directions * hidden])
+    shape: Any = op.Constant(value_ints=[0, 0, directions * hidden])
     return op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), shape), h_n, c_n
 
 
-TRANSLATIONS = {torch.ops.carousel.lstm.default: onnx_lstm}
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.carousel.lstm.default: onnx_lstm}
 
 
 def _reorder(tensor: Tensor, order: Sequence[int]) -> Tensor:

@@ -55,7 +55,7 @@ class Lookahead:
             raise PolicyError(f"lookahead has block {self.block} and ahead {self.ahead}; give block ≥ 1 and ahead ≥ 0")
 
     def pieces(self, frames: int, cuts: Sequence[int] = ()) -> list[Piece]:  # noqa: ARG002 - the stream is re-blocked
-        """Blocks of the policy's own size, whatever the client's chunks; the last has the frames ahead that there are."""
+        """Blocks of the policy's own size, whatever the chunks are; the last ones have what frames ahead there are."""
         blocks = _cut(frames, [self.block] * -(-frames // self.block))
         return [
             Piece(piece.start, piece.block, min(self.ahead, frames - piece.start - piece.block)) for piece in blocks

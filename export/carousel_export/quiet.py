@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.jit._trace import TracerWarning
 
 # What torch 2.13 says while it exports, whatever the model is.
 _KNOWN = (
@@ -32,7 +33,7 @@ def quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             for message, category in _KNOWN:
                 warnings.filterwarnings("ignore", message=message, category=category)
-            warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+            warnings.filterwarnings("ignore", category=TracerWarning)
             yield
     finally:
         for name, level in levels.items():
@@ -41,7 +42,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Within, PyTorch runs on one thread: small recurrent layers lose hundredfold to threads that wait for each other."""
+    """Within, PyTorch runs on one thread: on busy cores, waiting threads cost a small layer a hundredfold."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""Streams through an exported graph as a server would run them: ragged batches whose rows are at different positions."""
+"""Streams through an exported graph as a server would run them: ragged batches, rows at different positions."""
 
 from collections.abc import Sequence
 
@@ -30,7 +30,7 @@ class _Row:
 def replay(
     runtime: Runtime, signature: Signature, streams: Sequence[Stream], policy: Policy, *, ragged: bool = True
 ) -> list[Answer]:
-    """Each stream's answer. Row i starts i mod 3 steps late; without `ragged`, only rows of equal length share a batch."""
+    """Each stream's answer. Row i starts i mod 3 steps late; without `ragged`, rows of equal length share a batch."""
     rows = [_Row(stream, policy, signature, i % 3) for i, stream in enumerate(streams)]
     for step in range(max(row.start + len(row.pieces) for row in rows)):
         ready = [(row, piece) for row in rows if (piece := row.piece(step))]

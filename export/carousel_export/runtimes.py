@@ -1,4 +1,4 @@
-"""The two runtimes that the gate asks: onnxruntime on the ONNX files, and the TorchScript file as it was loaded again."""
+"""The two runtimes that the gate asks: onnxruntime on the ONNX files, and the TorchScript file, loaded again."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Protocol
 import onnxruntime
 import torch
 from torch import Tensor
+from torch.jit import optimized_execution  # type: ignore[attr-defined]  # public, and not in its list
 
 from carousel_export.graph import LOOKAHEAD, MODEL
 from carousel_export.quiet import quiet
@@ -56,11 +57,11 @@ class TorchScript:
 
     def __init__(self, folder: Path) -> None:
         with quiet():
-            self._module = torch.jit.load(folder / TORCHSCRIPT)
+            self._module = torch.jit.load(folder / TORCHSCRIPT)  # type: ignore[no-untyped-call]
 
     def run(self, tensors: Sequence[Tensor], *, ahead: bool) -> list[Tensor]:
         """The method's results; `ahead`: those of the method `lookahead`."""
         method = getattr(self._module, LOOKAHEAD_METHOD if ahead else WHOLE_METHOD)
         # The profiling executor would compile anew for the shapes of each of the first calls, and most come once.
-        with torch.no_grad(), torch.jit.optimized_execution(False):
+        with torch.no_grad(), optimized_execution(False):
             return list(method(*tensors))

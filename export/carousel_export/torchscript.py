@@ -33,19 +33,20 @@ def write_torchscript(
     try:
         with quiet(), torch.no_grad():
             # The gate tests what was loaded again, at more shapes than the tracer's own check would.
-            traced = torch.jit.trace_module(lifted, methods, check_trace=False)
+            traced = torch.jit.trace_module(lifted, methods, check_trace=False)  # type: ignore[no-untyped-call]
             frozen = torch.jit.freeze(traced, preserved_attrs=[name for name in methods if name != WHOLE_METHOD])
             torch.jit.save(frozen, path)
     except Exception as error:
         raise GraphError(
-            f"{eager.name} could not be traced to TorchScript: {one_line(error)}; write its forward with tensor operations"
+            f"{eager.name} could not be traced to TorchScript: {one_line(error)}; write its forward with tensor "
+            "operations"
         ) from error
 
 
 @functools.cache
 def _scripted() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     with quiet():
-        return torch.jit.script(ragged_lstm)  # type: ignore[no-any-return]  # torch types it as any callable
+        return torch.jit.script(ragged_lstm)
 
 
 def _bind_torchscript(layers: dict[str, LiftedLSTM]) -> None:
