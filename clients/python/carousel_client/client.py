@@ -65,6 +65,10 @@ class Client:
         self._connection.close()
 
     @property
+    def target(self) -> str:
+        return self._connection.target
+
+    @property
     def going_away(self) -> datetime | None:
         """When the server has announced that it will stop; None where it has not."""
         stream = self._connection.stream
