@@ -267,7 +267,7 @@ def _output_names(tree: Any, given: Sequence[str] | None) -> tuple[str, ...]:
     for path, leaf in leaves:
         if not isinstance(leaf, Tensor):
             where = "".join(str(key) for key in path) or "itself"
-            raise ModelError(f"the model's result {where} is a {type(leaf).__name__}; return tensors only")
+            raise ModelError(f"the model's result {where} is of type {type(leaf).__name__}; return tensors only")
         if leaf.dtype not in SUPPORTED_DTYPES:
             raise ModelError(f"the model returns {leaf.dtype}; return float32, an integer type or bool")
     if given is None:

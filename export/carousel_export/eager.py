@@ -41,7 +41,7 @@ class Eager:
 
     def __init__(self, model: nn.Module) -> None:
         if isinstance(model, torch.jit.ScriptModule) or not isinstance(model, nn.Module):
-            raise ModelError(f"a {type(model).__name__} cannot be exported; give the torch.nn.Module itself")
+            raise ModelError(f"what was given is of type {type(model).__name__}; give the torch.nn.Module itself")
         try:
             self.module = copy.deepcopy(model).cpu()
         except Exception as error:

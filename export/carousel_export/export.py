@@ -19,7 +19,7 @@ from carousel_export.gate import TOLERANCE, prove
 from carousel_export.golden import GOLDEN, read_samples, write_golden
 from carousel_export.graph import LOOKAHEAD, MODEL, write_graph
 from carousel_export.policies import Lookahead, Policy, from_message, to_message
-from carousel_export.quiet import one_thread
+from carousel_export.quiet import undisturbed
 from carousel_export.recurrent import directions_of, kind_of
 from carousel_export.reference import Reference
 from carousel_export.report import render
@@ -61,7 +61,7 @@ def export(
     writer = BundleWriter(out, name, version)
     example = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     example = tuple(x.detach().cpu() if isinstance(x, Tensor) else _refuse(x) for x in example)
-    with one_thread():
+    with undisturbed():
         eager = Eager(model)
         signature = find_signature(eager, example, input_names, output_names, dims)
         named_labels = _labels(signature, labels)
@@ -95,7 +95,7 @@ def parity(bundle: Bundle, model: nn.Module) -> dict[str, Any]:
     Returns the content of a parity.json. Raises `ParityError` where they differ (other weights do), and `ExportError`
     for a model that is not this bundle's.
     """
-    with one_thread():
+    with undisturbed():
         eager = Eager(model)
         manifest = bundle.manifest
         signature = Signature(
@@ -113,7 +113,7 @@ def parity(bundle: Bundle, model: nn.Module) -> dict[str, Any]:
 
 
 def _refuse(value: object) -> Tensor:
-    raise ExampleError(f"example_inputs has a {type(value).__name__}; give tensors, one for each argument of forward")
+    raise ExampleError(f"example_inputs has a {type(value).__name__} in it; give a tensor for each argument of forward")
 
 
 def _labels(signature: Signature, labels: Mapping[str, Sequence[str]] | Sequence[str] | None) -> dict[str, list[str]]:

@@ -1,5 +1,7 @@
 """The ONNX files: a lifted model through torch's exporter, then checked for what every graph must have."""
 
+import contextlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +33,8 @@ def write_graph(
     named = {BATCH: Dim(BATCH), TIME: Dim(TIME), TIME_AHEAD: Dim(TIME_AHEAD)}
     shapes = [{axis: named[dim] for axis, dim in enumerate(dims[name]) if dim in named} for name in dims]
     try:
-        with quiet():
+        # torch prints the unfinished graph of an export that fails; its message says enough.
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):
             program = torch.onnx.export(
                 _Lookahead(lifted).eval() if ahead else lifted,
                 tuple(trace_inputs(signature, example, ahead=ahead)),

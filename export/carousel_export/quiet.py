@@ -17,6 +17,8 @@ _KNOWN = (
 _LOGGERS = {
     # Warns at each export that torchvision is not there.
     "torch.onnx._internal.exporter._registration": logging.ERROR,
+    # Warns of the same line of the user's code that the error names.
+    "torch.fx.experimental.symbolic_shapes": logging.ERROR,
     # Inform of every node that they leave as it is.
     "onnxscript": logging.WARNING,
     "onnx_ir": logging.WARNING,
@@ -41,11 +43,16 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Within, PyTorch runs on one thread: on busy cores, waiting threads cost a small layer a hundredfold."""
+def undisturbed() -> Iterator[None]:
+    """Within, PyTorch runs on one thread; the caller's thread count and random state are as before afterwards.
+
+    One thread, because on busy cores waiting threads cost a small layer a hundredfold.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        # Making a layer draws its first weights.
+        with torch.random.fork_rng(devices=[]):
+            yield
     finally:
         torch.set_num_threads(threads)

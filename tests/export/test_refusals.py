@@ -1,0 +1,142 @@
+"""What cannot be exported is refused: one line that names the thing and the way out, and nothing on disk."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import carousel_export as cx
+
+X = torch.randn(2, 6, 5)
+
+
+class Around(nn.Module):
+    """A model with one module, called by a function given to it."""
+
+    def __init__(self, inner: nn.Module, call: Callable[[nn.Module, Tensor], object] = lambda m, x: m(x)[0]) -> None:
+        super().__init__()
+        self.inner = inner
+        self.call = call
+
+    def forward(self, x: Tensor) -> object:
+        return self.call(self.inner, x)
+
+
+def lstm(**options: int | bool) -> nn.LSTM:
+    return nn.LSTM(5, 4, batch_first=True, **options)
+
+
+class OwnLSTM(nn.LSTM):
+    """A subclass."""
+
+
+def with_nan() -> nn.Module:
+    inner = lstm()
+    with torch.no_grad():
+        inner.weight_hh_l0[3, 1] = float("nan")
+    return inner
+
+
+def frame_by_frame(inner: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat([inner(x[:, t : t + 1])[0] for t in range(x.shape[1])], dim=1)
+
+
+def with_state(inner: nn.Module, x: Tensor) -> Tensor:
+    ones = torch.ones(1, len(x), 4)
+    return inner(x, (ones, ones))[0]
+
+
+def packed(inner: nn.Module, x: Tensor) -> Tensor:
+    return inner(pack_padded_sequence(x, [x.shape[1]] * len(x), batch_first=True))[0].data
+
+
+def over_features(inner: nn.Module, x: Tensor) -> Tensor:
+    return inner(x.flatten(0, 1).unsqueeze(1).expand(-1, 3, -1))[0].reshape(*x.shape[:2], -1)
+
+
+REFUSED = {
+    "GRU": (nn.GRU(5, 4), X, cx.ModelError, ["the model itself (GRU)", "nn.LSTM"]),
+    "cell": (Around(nn.LSTMCell(5, 4)), X, cx.ModelError, ["inner (LSTMCell)"]),
+    "projection": (Around(lstm(proj_size=2)), X, cx.ModelError, ["inner (LSTM)", "proj_size=2"]),
+    "subclass": (Around(OwnLSTM(5, 4)), X, cx.ModelError, ["inner (OwnLSTM)", "plain nn.LSTM"]),
+    "nothing recurrent": (nn.Linear(5, 4), X, cx.ModelError, ["Linear has no recurrent layer"]),
+    "never called": (Around(lstm(), lambda _, x: x), X, cx.ModelError, ["inner", "did not call"]),
+    "not a module": ("model.pt", X, cx.ModelError, ["str", "torch.nn.Module"]),
+    "float64": (Around(lstm()).double(), X.double(), cx.ModelError, ["inner.weight_ih_l0", "model.float()"]),
+    "NaN weight": (Around(with_nan()), X, cx.ModelError, ["inner.weight_hh_l0", "not finite"]),
+    "own state": (Around(lstm(), with_state), X, cx.ModelError, ["inner", "initial state"]),
+    "packed": (Around(lstm(), packed), X, cx.ModelError, ["inner", "packed"]),
+    "called in a loop": (Around(lstm(), frame_by_frame), X, cx.ModelError, ["inner", "whole sequence"]),
+    "over another axis": (Around(lstm(), over_features), X, cx.ExampleError, ["inner", "time"]),
+    "batch of its own": (
+        Around(lstm(), lambda m, x: m(x[None])[0][0]),
+        X[0],
+        cx.ModelError,
+        ["one sequence at a time"],
+    ),
+    "float64 example": (Around(lstm()), X.double(), cx.ExampleError, ["'x'", ".float()"]),
+    "NaN example": (Around(lstm()), X / 0, cx.ExampleError, ["'x'", "not finite"]),
+    "wrong features": (Around(lstm()), torch.randn(2, 6, 4), cx.ExampleError, ["[2, 6, 4]"]),
+    "an array": (Around(lstm()), (X.numpy(),), cx.ExampleError, ["ndarray", "a tensor"]),
+    "returns a number": (Around(lstm(), lambda m, x: (m(x)[0], 3)), X, cx.ModelError, ["[1]", "int"]),
+    "time in two axes": (Around(lstm(), lambda m, x: m(x)[0] @ m(x)[0].mT), X, cx.ExampleError, ["output", "2 axes"]),
+    "fewer frames": (Around(lstm(), lambda m, x: m(x)[0][:, ::2]), X, cx.ExampleError, ["3 frames", "6"]),
+    "branch on values": (Around(lstm(), lambda m, x: m(x if x.sum() > 0 else -x)[0]), X, cx.GraphError, ["branches"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_line(tmp_path: Path, case: str) -> None:
+    """The line names the module or tensor and what to do, and no bundle and no folder is left."""
+    model, example, kind, words = REFUSED[case]
+    with pytest.raises(kind) as refused:
+        cx.export(model, example, name="model", out=tmp_path)
+    line = str(refused.value)
+    assert "\n" not in line
+    for word in words:
+        assert word in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("bidirectional", "policy", "words"),
+    [(True, cx.Causal(), ["causal", "backwards"]), (False, cx.Lookahead(4, 4), ["lookahead", "no direction"])],
+)
+def test_policies_that_do_not_fit(tmp_path: Path, bidirectional: bool, policy: cx.Policy, words: list[str]) -> None:
+    """A policy that the model's directions rule out is refused, with those that fit."""
+    with pytest.raises(cx.PolicyError) as refused:
+        cx.export(Around(lstm(bidirectional=bidirectional)), X, name="model", out=tmp_path, policy=policy)
+    for word in [*words, "carry", "full"]:
+        assert word in str(refused.value)
+
+
+@pytest.mark.parametrize("make", [lambda: cx.Lookahead(0, 1), lambda: cx.Lookahead(1, -1), lambda: cx.Carry(0)])
+def test_impossible_policies(make: Callable[[], cx.Policy]) -> None:
+    """A policy without a frame in its block is refused where it is made."""
+    with pytest.raises(cx.PolicyError, match=r"at least 1|≥ 1"):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"input_names": ["a", "b"]}, ["2 input names"]),
+        ({"output_names": ["a", "b"]}, ["2 output names"]),
+        ({"input_names": ["y"], "output_names": ["y"]}, ["'y'", "two tensors"]),
+        ({"dims": {"z": ("batch", "time", "5")}}, ["z", "x"]),
+        ({"dims": {"x": ("batch", "time", "6")}}, ["batch,time,6"]),
+        ({"dims": {"x": ("time", "batch", "5")}}, ["correct them"]),
+        ({"labels": ["a", "b"]}, ["2 labels", "output"]),
+        ({"labels": {"logits": ["a", "b"]}}, ["logits"]),
+        ({"data": [torch.randn(4, 3)]}, ["data[0]", "'x'"]),
+    ],
+)
+def test_options_that_do_not_fit(tmp_path: Path, options: dict[str, object], words: list[str]) -> None:
+    """A name, axis, label or sample that does not fit the model is refused by its name."""
+    with pytest.raises(cx.ExportError) as refused:
+        cx.export(Around(lstm()), X, name="model", out=tmp_path, **options)
+    for word in words:
+        assert word in str(refused.value)
