@@ -98,6 +98,7 @@ def policy_text(policy: Policy) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What a foreign exception says, as one line."""
+    """What a foreign exception says, as one line that is not too long."""
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."

@@ -1,6 +1,7 @@
 """The eager model that the command line names: a factory, and a checkpoint to load into it. Needs torch."""
 
 import pickle
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count, islice
@@ -33,7 +34,10 @@ def make_model(reference: str, checkpoint: Path | None) -> tuple[nn.Module, tupl
 
 def _load(model: nn.Module, checkpoint: Path) -> None:
     try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # Of a pickle that torch did not write, which is then refused with a reason.
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise click.ClickException(
             f"{checkpoint} cannot be read as a checkpoint of plain tensors; write it with "

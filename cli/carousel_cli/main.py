@@ -1,6 +1,7 @@
 """`carousel`: the group of subcommands, and where their settings come from: flag, then environment, then file."""
 
 import importlib
+import os
 
 import click
 
@@ -41,6 +42,8 @@ def main(ctx: click.Context, config: str | None) -> None:
     Every flag of a subcommand can also be given as CAROUSEL_<FLAG> in the environment (--max-batch as
     CAROUSEL_MAX_BATCH), or in the config file. A flag goes before the environment, and that before the file.
     """
+    # gRPC's core would write lines of its own to stderr beside ours.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     if config is not None:
         assert isinstance(ctx.command, Carousel), "main is the group"
         commands = {name: ctx.command.get_command(ctx, name) for name in COMMANDS}

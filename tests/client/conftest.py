@@ -1,5 +1,6 @@
 """Server processes, and a model with several tensors for them."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,13 +30,15 @@ class Mixer(nn.Module):
 
 
 @pytest.fixture(scope="session")
-def mixed_models(models: Path) -> Path:
+def mixed_models(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`models` and a time-major model with two inputs and two outputs, one of which has one value a sequence."""
+    folder = tmp_path_factory.mktemp("mixed") / "models"
+    shutil.copytree(models, folder)
     example = (torch.randn(6, 3, 4), torch.randint(0, 6, (6, 3)))
     cx.export(
-        make(Mixer), example, name="mixer", out=models, input_names=["x", "ids"], output_names=["frames", "summary"]
+        make(Mixer), example, name="mixer", out=folder, input_names=["x", "ids"], output_names=["frames", "summary"]
     )
-    return models
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,102 @@
+"""`carousel stream` against a real server."""
+
+import io
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.cli.conftest import LABELS, Run, one_line, usage
+from tests.client.conftest import Mixer
+from tests.client.process import CAROUSEL
+from tests.support.models import Speaker, Tagger, carried, looked_ahead, make, whole
+
+TOKENS = [3, 1, 4, 1, 5, 9, 2, 6, 5]
+
+
+def words(tokens: list[int]) -> list[str]:
+    return [LABELS[best] for best in whole(make(Speaker), torch.tensor(tokens)).argmax(-1)]
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def test_a_file_is_streamed_and_its_answers_written(run: Run, tmp_path: Path, address: str):
+    """The written answers are the eager ones under the policy asked for; a summary says what was done."""
+    x = torch.randn(50, 5)
+    np.save(tmp_path / "x.npy", x.numpy())
+    asked = ("stream", "tagger", "x.npy", "--target", address, "--chunk", 7, "--output", "y.npy")
+    done = run(*asked)
+    assert done.returncode == 0, done
+    assert "tagger/1 lookahead(4, 2): 50 frames in 8 chunks" in done.stderr
+    assert "output float32 [50, 3]" in done.stderr
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), looked_ahead(make(Tagger), x, 4, 2), rtol=0, atol=1e-5)
+    done = run(*asked, "--policy", "carry", "--block", 9)
+    assert "tagger/1 carry(9)" in done.stderr
+    wanted = carried(make(Tagger), x, [9] * 5 + [5])
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), wanted, rtol=0, atol=1e-5)
+
+
+def test_several_inputs_and_outputs(run: Run, tmp_path: Path, address: str):
+    """An .npz file carries an array for each input, and takes one for each output."""
+    x, ids = torch.randn(12, 4), torch.randint(0, 6, (12,))
+    np.savez(tmp_path / "in.npz", x=x.numpy(), ids=ids.numpy())
+    done = run("stream", "mixer", "in.npz", "--target", address, "--chunk", 5, "--output", "out.npz")
+    assert done.returncode == 0, done
+    with torch.no_grad():
+        frames, summary = make(Mixer)(x[:, None], ids[:, None])
+    with np.load(tmp_path / "out.npz") as got:
+        np.testing.assert_allclose(got["frames"], frames[:, 0], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(got["summary"], summary[0], rtol=0, atol=1e-5)
+    assert "several outputs" in usage(run("stream", "mixer", "in.npz", "--target", address, "--output", "out.npy"))
+    np.save(tmp_path / "x.npy", x.numpy())
+    assert "several inputs" in one_line(run("stream", "mixer", "x.npy", "--target", address))
+
+
+@pytest.mark.parametrize("chunk", [2, 64])
+def test_standard_input_may_be_an_npy_file(run: Run, address: str, chunk: int):
+    """An .npy file on standard input is streamed, and its labels printed, a line for each frame."""
+    asked = ("stream", "talker", "-", "--target", address, "--labels", "--chunk", chunk)
+    done = run(*asked, input=npy(np.array(TOKENS)), text=False)
+    assert done.returncode == 0, done
+    assert done.stdout.decode().split() == words(TOKENS)
+    assert b"talker/1 causal: 9 frames in %d chunks" % -(-9 // chunk) in done.stderr
+    done = run(*asked, input=npy(np.array(TOKENS))[:-20], text=False)
+    assert (done.returncode, done.stderr.count(b"\n")) == (1, 1)
+    assert b"ended after 6 of 9 frames" in done.stderr
+
+
+def test_lines_are_answered_as_they_arrive(address: str):
+    """A frame on a live pipe is answered before the next one is written."""
+    command = [CAROUSEL, "stream", "talker", "-", "--target", address, "--labels"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, bufsize=1, **pipes) as process:
+        for token, word in zip(TOKENS, words(TOKENS), strict=True):
+            process.stdin.write(f"{token}\n")
+            assert process.stdout.readline() == f"{word}\n"
+        process.stdin.close()
+        assert process.wait(20) == 0
+        assert "9 frames in 9 chunks" in process.stderr.read()
+
+
+def test_what_cannot_be_streamed_is_said_in_a_line(run: Run, tmp_path: Path, address: str):
+    """Wrong models, files, shapes and lines each fail with one line."""
+    to = ("--target", address)
+    np.save(tmp_path / "x.npy", np.zeros((3, 4), np.float32))
+    np.save(tmp_path / "wide.npy", np.zeros((3, 5)))
+    (tmp_path / "text.npy").write_text("no array")
+    assert "no model 'nobody'" in one_line(run("stream", "nobody", "x.npy", *to))
+    assert "float32 [3, 4]; wanted float32 [frames, 5]" in one_line(run("stream", "tagger", "x.npy", *to))
+    assert "float64 [3, 5]; wanted float32 [frames, 5]" in one_line(run("stream", "tagger", "wide.npy", *to))
+    assert "text.npy cannot be read" in one_line(run("stream", "tagger", "text.npy", *to))
+    assert "none.npy cannot be read" in one_line(run("stream", "tagger", "none.npy", *to))
+    done = run("stream", "tagger", "-", *to, input="1 2 3 4 5\n\n1,2,3,4,x\n")
+    assert "line 3 of standard input is not 5 numbers of float32" in one_line(done)
+    assert "does not allow policy causal" in one_line(run("stream", "tagger", "x.npy", *to, "--policy", "causal"))
+    assert "no labels" in usage(run("stream", "tagger", "x.npy", *to, "--labels"))
+    assert "--block goes with" in usage(run("stream", "tagger", "x.npy", *to, "--block", 3))
+    assert "needs --block and --ahead" in usage(run("stream", "tagger", "x.npy", *to, "--policy", "lookahead"))
