@@ -8,8 +8,11 @@ from contextlib import asynccontextmanager, contextmanager
 
 import grpc
 import uvloop
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health
+from grpc_health.v1 import (
+    health,  # its `aio` is an attribute, not a module
+    health_pb2,
+    health_pb2_grpc,
+)
 from grpc_reflection.v1alpha import reflection
 
 from carousel_protos.v1 import carousel_pb2
@@ -70,7 +73,7 @@ class Server:
         self._config = config
         self.engine = Engine(config)
         self._native = NativeServicer(self.engine)
-        self._health = health.HealthServicer()
+        self._health = health.aio.HealthServicer()
         self._health_updates: set[asyncio.Task[None]] = set()
         self.port = 0
 
@@ -93,12 +96,14 @@ class Server:
         try:
             self.port = self._server.add_insecure_port(self._config.listen)
         except RuntimeError as error:
-            raise ConfigError(
-                f"cannot listen on {self._config.listen}: it is in use, or not an address here"
-            ) from error
+            raise ConfigError(f"cannot listen on {self._config.listen}: in use, or not an address here") from error
         await self._server.start()
         log.info("listening on %s:%d", self._config.listen.rpartition(":")[0], self.port)
-        await self.engine.start()
+        try:
+            await self.engine.start()
+        except BaseException:
+            await self._server.stop(grace=None)
+            raise
         await self._report("", serving=self._any_served())
         await self._report(SERVICE, serving=self._any_served())
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from carousel_protos import Bundle
-from carousel_server.config import Device, Limits
+from carousel_server.config import Device
 from carousel_server.engine.golden import Replayed
 from carousel_server.engine.golden import replay as replay_golden
-from carousel_server.engine.model import Model
+from carousel_server.engine.runtime import load_runtimes
 
 __all__ = ["Replayed", "replay"]
 
@@ -17,8 +17,4 @@ def replay(bundle_path: Path, device: Device = "cpu") -> list[Replayed]:
     Raises `BundleError` and `LoadError`; a deviation from the eager model is in the answer (`Replayed.ok`).
     """
     bundle = Bundle.open(bundle_path)
-    model = Model(bundle, device=device, threads=1, limits=Limits())
-    try:
-        return replay_golden(model, bundle)
-    finally:
-        model.shut()
+    return replay_golden(bundle, load_runtimes(bundle, device=device, threads=1))

@@ -11,8 +11,9 @@ from carousel_protos.v1.carousel_pb2 import ModelState
 from carousel_server.config import ServerConfig
 from carousel_server.engine.golden import replay
 from carousel_server.engine.model import Model
+from carousel_server.engine.runtime import load_runtimes
 from carousel_server.engine.session import Session
-from carousel_server.errors import LoadError, ModelLoadingError, ModelNotFoundError, SessionsOpenError
+from carousel_server.errors import CarouselError, LoadError, ModelLoadingError, ModelNotFoundError, SessionsOpenError
 
 log = logging.getLogger("carousel")
 
@@ -102,14 +103,13 @@ class Catalogue:
         self._mark(entry, ModelState.MODEL_STATE_LOADING)
         try:
             model = await asyncio.to_thread(self._build, self._config.models / name / entry.version)
-        except (BundleError, LoadError) as error:
-            self._mark(entry, ModelState.MODEL_STATE_FAILED, str(error))
+        except Exception as error:  # a bundle can be wrong in any way, and stops no other
+            known = isinstance(error, (BundleError, CarouselError))
+            why = str(error) if known else f"loading failed ({type(error).__name__}: {error})"
+            self._mark(entry, ModelState.MODEL_STATE_FAILED, why)
             raise LoadError(
-                f"version {entry.version} of model {name!r} is not served: {error}", model=name, version=entry.version
+                f"version {entry.version} of model {name!r} is not served: {why}", model=name, version=entry.version
             ) from error
-        except BaseException as error:
-            self._mark(entry, ModelState.MODEL_STATE_FAILED, f"loading broke off: {type(error).__name__}")
-            raise
         entry.model = model
         entry.task = asyncio.create_task(model.turn_forever(), name=f"steps of {name}/{entry.version}")
         entry.task.add_done_callback(_report)
@@ -119,14 +119,16 @@ class Catalogue:
 
     def _build(self, path: Path) -> Model:
         bundle = Bundle.open(path)
-        model = Model(bundle, device=self._config.device, threads=self._config.threads, limits=self._config)
-        for checked in replay(model, bundle):
+        # A bundle that was copied or renamed goes by its folder.
+        bundle.manifest.name, bundle.manifest.version = path.parent.name, path.name
+        runtimes = load_runtimes(bundle, device=self._config.device, threads=self._config.threads)
+        for checked in replay(bundle, runtimes):
             if not checked.ok:
                 raise LoadError(
                     f"{checked.output!r} under {checked.policy} is {checked.max_abs_error:.3g} off the eager model's "
                     f"answers, {checked.tolerance:.3g} is allowed; run `carousel verify {path}`"
                 )
-        model.forget_counts()
+        model = Model(bundle.manifest, runtimes, self._config)
         model.on_closed = self._on_closed
         return model
 

@@ -1,6 +1,7 @@
 """Golden vectors: what the eager model answered at export, replayed through the whole engine on this host."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,9 @@ from safetensors import SafetensorError, safe_open
 
 from carousel_protos import Bundle
 from carousel_protos.v1.manifest_pb2 import Policy
+from carousel_server.config import Limits
 from carousel_server.engine.model import Model
+from carousel_server.engine.runtime import Runtime
 from carousel_server.engine.session import Event, Failure, Result, Session
 from carousel_server.engine.spec import Array
 from carousel_server.errors import LoadError
@@ -49,11 +52,12 @@ class _Stream:
             self.results.append(event)
 
 
-def replay(model: Model, bundle: Bundle, *, seed: int = 0) -> list[Replayed]:
-    """Stream every golden case through `model` in chunks of random size, all its sequences at once.
+def replay(bundle: Bundle, runtimes: Mapping[str, Runtime], *, seed: int = 0) -> list[Replayed]:
+    """Stream every golden case through an engine in chunks of random size, all its sequences at once.
 
     Raises `LoadError` where the golden file cannot be read or a sequence fails; a deviation is in the answer.
     """
+    model = Model(bundle.manifest, runtimes, Limits())
     try:
         with safe_open(bundle.file(FILE), framework="numpy") as golden:
             cases = json.loads((golden.metadata() or {}).get("cases", "[]"))
@@ -63,7 +67,10 @@ def replay(model: Model, bundle: Bundle, *, seed: int = 0) -> list[Replayed]:
     if not cases:
         raise LoadError(f"{FILE} of {model.name} holds no cases; export the model again")
     cuts = np.random.default_rng(seed)
-    return [checked for case in cases for checked in _replay_case(model, case, tensors, cuts)]
+    try:
+        return [checked for case in cases for checked in _replay_case(model, case, tensors, cuts)]
+    finally:
+        model.shut()
 
 
 def _replay_case(

@@ -1,7 +1,7 @@
 """A model that is served: its graphs, its arena, its scheduler, and the turning of steps: schedule, run, commit."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from time import perf_counter
@@ -9,9 +9,8 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from carousel_protos import Bundle
-from carousel_protos.v1.manifest_pb2 import Policy
-from carousel_server.config import Device, Limits
+from carousel_protos.v1.manifest_pb2 import Manifest, Policy
+from carousel_server.config import Limits
 from carousel_server.engine.arena import Arena
 from carousel_server.engine.infer import InferRow, stack
 from carousel_server.engine.policy import FULL, choose_blocking
@@ -39,17 +38,17 @@ class Counters:
 class Model:
     """One version of a model, loaded. Everything but a step's run belongs to one thread, the event loop's."""
 
-    def __init__(self, bundle: Bundle, *, device: Device, threads: int, limits: Limits) -> None:
-        self.manifest = bundle.manifest
-        self.spec = ModelSpec.read(bundle.manifest)
+    def __init__(self, manifest: Manifest, runtimes: Mapping[str, Runtime], limits: Limits) -> None:
+        self.manifest = manifest
+        self.spec = ModelSpec.read(manifest)
         self.counters = Counters()
         self.open_sessions = 0
         # Told of each session that closed by itself after a step.
         self.on_closed: Callable[[Session], None] = lambda _: None
         self._limits = limits
-        graphs = [graph for graph in bundle.manifest.graphs if graph.variant == "float32"]
-        self._graphs = {kind: graph.file for graph in graphs for kind in graph.policies}
-        runtimes = {graph.file: Runtime(bundle.file(graph.file), device=device, threads=threads) for graph in graphs}
+        self._graphs = {
+            kind: graph.file for graph in manifest.graphs if graph.file in runtimes for kind in graph.policies
+        }
         self._arena = Arena(self.spec.states, limits.max_sessions)
         self._scheduler = Scheduler(max_batch=limits.max_batch, ragged=self.spec.ragged)
         self._runner = Runner(self.spec, runtimes, self._arena)
@@ -244,10 +243,6 @@ class Model:
             owner.fail(InputRejectedError(f"the model refused this input, and the state has not moved: {error}"))
         else:
             owner.fail(StepError(f"the model's run failed, and the state has not moved: {error}", retry_after_s=1.0))
-
-    def forget_counts(self) -> None:
-        """Count from zero again: what a replay did is no client's."""
-        self.counters = Counters()
 
     def shut(self) -> None:
         """Wait for the running step; no other may follow."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
+from carousel_protos import Bundle
 from carousel_server.config import Device
 from carousel_server.engine.spec import Array
 from carousel_server.errors import LoadError
@@ -16,6 +17,15 @@ _PROVIDERS: dict[Device, list[tuple[str, dict[str, str]]]] = {
     # TF32 would cost three digits of parity.
     "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), ("CPUExecutionProvider", {})],
 }
+
+
+def load_runtimes(bundle: Bundle, *, device: Device, threads: int, variant: str = "float32") -> "dict[str, Runtime]":
+    """A bundle's graphs of one variant, by file name. Raises `LoadError`, `BundleError`."""
+    return {
+        graph.file: Runtime(bundle.file(graph.file), device=device, threads=threads)
+        for graph in bundle.manifest.graphs
+        if graph.variant == variant
+    }
 
 
 class Runtime:

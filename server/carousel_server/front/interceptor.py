@@ -1,5 +1,6 @@
 """Errors of handlers become gRPC statuses here, once for all methods; no traceback ever leaves the process."""
 
+import inspect
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -27,12 +28,12 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        if handler.request_streaming and handler.response_streaming:
+        if handler.stream_stream is not None:
             make, behavior = grpc.stream_stream_rpc_method_handler, handler.stream_stream
-        elif not handler.request_streaming and not handler.response_streaming:
-            make, behavior = grpc.unary_unary_rpc_method_handler, handler.unary_unary
         else:
-            return handler  # health's Watch: the only method of another kind, and it raises none of ours
+            make, behavior = grpc.unary_unary_rpc_method_handler, handler.unary_unary
+        if not inspect.iscoroutinefunction(behavior):
+            return handler  # health's Watch and reflection are generators, and raise none of ours
         return make(_guard(behavior), handler.request_deserializer, handler.response_serializer)
 
 

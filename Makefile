@@ -1,0 +1,52 @@
+# Every target sets up what it needs; nothing is set up twice unless pyproject.toml or constraints.txt changed.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Another package index for torch alone, such as the one with its CPU builds.
+TORCH_INDEX_URL ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PACKAGES := $(foreach room,protos export server client cli,-p carousel_$(room))
+
+.PHONY: help run serve test lint format protos clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-8s %s\n", $$1, $$2}'
+
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "setting up $(VENV): a few minutes the first time"
+	@$(PIP) pip
+	@# torch first: its index may be another, and what follows must take the build that is there
+	@$(PIP) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch
+	@$(PIP) hatchling editables
+	@$(PIP) --no-build-isolation --editable '.[all]' --group dev
+	@touch $@
+
+run: $(READY) ## The main job, end to end on a real model: export, prove, serve, stream; ends by itself
+	@$(BIN)/python examples/pinyin/run.py
+
+serve: $(READY) ## Keep a server up on the example's model; prints the line that streams to it
+	@$(BIN)/python examples/pinyin/run.py --serve
+
+test: $(READY) lint ## Lint, then every test, on real servers
+	@$(BIN)/python -m pytest -q --numprocesses 2 --dist loadgroup
+
+lint: $(READY) ## Style, strict types, import boundaries, stale generated code
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check --quiet || { echo "run make format"; exit 1; }
+	@$(BIN)/mypy $(PACKAGES)
+	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/python protos/generate.py --check
+
+format: $(READY) ## Put the code in its form
+	@$(BIN)/ruff check --fix --quiet
+	@$(BIN)/ruff format --quiet
+
+protos: $(READY) ## Generate Python from the .proto files
+	@$(BIN)/python protos/generate.py
+
+clean: ## Remove the environment, caches and exported models
+	rm -rf $(VENV) models .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

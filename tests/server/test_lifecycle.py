@@ -1,0 +1,232 @@
+"""Starting, loading, health, reflection, draining."""
+
+import asyncio
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from tests.support.stream import RawStream, chunk_item, close_item, open_item, reason, rpc_status
+
+from carousel_protos.v1 import carousel_pb2 as pb
+from carousel_protos.v1.carousel_pb2_grpc import CarouselStub
+from carousel_server.config import ServerConfig
+from carousel_server.errors import ConfigError
+from carousel_server.serve import SERVICE, Server, serving
+
+GOOD = np.zeros((3, 5), np.float32)
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def health(channel: grpc.aio.Channel, service: str) -> int:
+    stub = health_pb2_grpc.HealthStub(channel)
+    return (await stub.Check(health_pb2.HealthCheckRequest(service=service))).status
+
+
+async def test_health_is_known_for_the_server_and_each_model(channel: grpc.aio.Channel):
+    """The standard health service answers for the whole, for the API, and by model name."""
+    for service in ("", SERVICE, "tagger", "speaker"):
+        assert await health(channel, service) == SERVING
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await health(channel, "nobody")
+    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_reflection_lists_the_services(channel: grpc.aio.Channel):
+    """A stock tool finds the API without .proto files."""
+    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    async for answer in stub.ServerReflectionInfo(iter([request])):
+        names = {service.name for service in answer.list_services_response.service}
+        assert {SERVICE, "grpc.health.v1.Health"} <= names
+        break
+
+
+async def test_the_catalogue_lists_loads_and_unloads(channel: grpc.aio.Channel, models: Path):
+    """Models are listed with their state; one that is unloaded is NOT_FOUND until it is loaded again."""
+    stub = CarouselStub(channel)
+    listed = {model.name: model.state for model in (await stub.ListModels(pb.ListModelsRequest())).models}
+    assert listed == {"tagger": pb.MODEL_STATE_SERVING, "speaker": pb.MODEL_STATE_SERVING}
+    got = await stub.GetModel(pb.GetModelRequest(model="speaker"))
+    assert (got.status.version, got.manifest.inputs[0].name) == ("1", "tokens")
+
+    await stub.UnloadModel(pb.UnloadModelRequest(model="speaker"))
+    assert await health(channel, "speaker") == NOT_SERVING
+    async with RawStream(channel) as stream:
+        item = await stream.ask(open_item("s", "speaker"))
+        assert reason(item.failed.status) == "MODEL_NOT_FOUND"
+        assert "not loaded" in item.failed.status.message
+        loaded = await stub.LoadModel(pb.LoadModelRequest(model="speaker"))
+        assert loaded.status.state == pb.MODEL_STATE_SERVING
+        assert (await stream.ask(open_item("s", "speaker"))).HasField("opened")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.UnloadModel(pb.UnloadModelRequest(model="speaker"))
+        assert reason(rpc_status(caught.value)) == "SESSIONS_OPEN"
+
+
+@pytest.mark.parametrize("name", ["../models", "/etc", ".", "tagger/1"])
+async def test_a_model_name_is_no_path(channel: grpc.aio.Channel, name: str):
+    """A name that would leave the models folder is just unknown."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await CarouselStub(channel).LoadModel(pb.LoadModelRequest(model=name))
+    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+def break_weights(bundle: Path) -> None:
+    onnx = bundle / "model.onnx"
+    onnx.write_bytes(onnx.read_bytes()[:-1] + b"!")
+
+
+def break_answers(bundle: Path) -> None:
+    """Golden vectors that the graphs do not meet, in a bundle whose checksums are right."""
+    path, manifest = bundle / "golden.safetensors", bundle / "manifest.json"
+    with safe_open(path, framework="numpy") as golden:
+        tensors = {key: golden.get_tensor(key) for key in golden.keys()}  # noqa: SIM118
+        metadata = golden.metadata()
+    changed = next(key for key in tensors if "/out/" in key)
+    tensors[changed] = tensors[changed] + np.float32(1e-3)
+    save_file(tensors, path, metadata)
+    parsed = json.loads(manifest.read_text())
+    entry = next(file for file in parsed["files"] if file["path"] == path.name)
+    entry["sha256"] = sha256(path.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(parsed))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"), [(break_weights, "sha256"), (break_answers, "off the eager model's answers")]
+)
+async def test_a_damaged_model_is_not_served_and_stops_no_other(models: Path, tmp_path: Path, damage, said: str):
+    """A bundle with a wrong checksum, or whose golden vectors are not met here, fails alone and says why."""
+    shutil.copytree(models, tmp_path / "models")
+    damage(tmp_path / "models" / "speaker" / "1")
+    config = ServerConfig(models=tmp_path / "models", listen="127.0.0.1:0", drain_timeout_s=0)
+    async with serving(config) as server, grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        status = (await CarouselStub(channel).GetModel(pb.GetModelRequest(model="speaker"))).status
+        assert status.state == pb.MODEL_STATE_FAILED
+        assert said in status.reason
+        assert await health(channel, "speaker") == NOT_SERVING
+        assert await health(channel, "tagger") == SERVING
+        async with RawStream(channel) as stream:
+            assert (await stream.ask(open_item("s", "tagger"))).HasField("opened")
+
+
+async def test_a_new_version_serves_new_sessions(models: Path, tmp_path: Path):
+    """Once loaded, a newer version takes the sessions that name none; older ones stay where they are."""
+    shutil.copytree(models, tmp_path / "models")
+    config = ServerConfig(models=tmp_path / "models", listen="127.0.0.1:0", drain_timeout_s=0)
+    async with serving(config) as server, grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:  # noqa: SIM117
+        async with RawStream(channel) as stream:
+            assert (await stream.ask(open_item("old", "tagger"))).opened.version == "1"
+            shutil.copytree(models / "tagger" / "1", tmp_path / "models" / "tagger" / "10")
+            loaded = await CarouselStub(channel).LoadModel(pb.LoadModelRequest(model="tagger"))
+            assert loaded.status.version == "10"
+            assert (await stream.ask(open_item("new", "tagger"))).opened.version == "10"
+            assert (await stream.ask(open_item("named", "tagger", version="1"))).opened.version == "1"
+            assert (await stream.ask(chunk_item("old", 0, GOOD))).HasField("result")
+
+
+async def test_drain_lets_live_streams_finish(config: ServerConfig):
+    """On stop: health turns, streams are told, new sessions are refused, and a live session ends in its own time."""
+    server = Server(replace(config, drain_timeout_s=20))
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel, RawStream(channel) as stream:
+        await stream.ask(open_item("s", "tagger"))
+        stopping = asyncio.create_task(server.stop())
+        told = await stream.receive()
+        assert told.HasField("going_away")
+        assert await health(channel, "tagger") == NOT_SERVING
+        refused = await stream.ask(open_item("late", "tagger"))
+        assert reason(refused.failed.status) == "DRAINING"
+        for index in range(5):
+            answer = await stream.ask(chunk_item("s", index, GOOD, end=index == 4))
+            assert answer.result.index == index
+        assert not stopping.done()
+        assert (await stream.ask(close_item("s"))).HasField("closed")
+        await asyncio.wait_for(stopping, 5)
+
+
+async def test_drain_has_a_deadline(config: ServerConfig):
+    """A session that never ends delays the stop by the drain time and no more."""
+    server = Server(config)
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel, RawStream(channel) as stream:
+        await stream.ask(open_item("s", "tagger"))
+        await asyncio.wait_for(server.stop(), 5)
+
+
+def test_sigterm_drains_a_real_process(models: Path):
+    """A server process says where it listens, ends by itself after SIGTERM with code 0, and leaves no traceback."""
+    program = (
+        "import logging, sys, pathlib; logging.basicConfig(level=20);"
+        "from carousel_server import config, serve;"
+        "serve.run(config.ServerConfig(models=pathlib.Path(sys.argv[1]), listen='127.0.0.1:0', drain_timeout_s=1))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(models)], stderr=subprocess.PIPE, text=True)
+    try:
+        lines = [process.stderr.readline()]
+        while "serving tagger" not in lines[-1] and lines[-1]:
+            lines.append(process.stderr.readline())
+        assert any("listening on 127.0.0.1:" in line for line in lines), lines
+        os.kill(process.pid, signal.SIGTERM)
+        rest = process.communicate(timeout=20)[1]
+        assert process.returncode == 0, rest
+        assert "stopped" in rest
+        assert "Traceback" not in rest
+    finally:
+        process.kill()
+
+
+def test_the_server_imports_no_torch():
+    """A serving host needs no torch: nothing that the server imports brings it in."""
+    program = "import sys, carousel_server.serve, carousel_server.verify; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"listen": "8001"}, "HOST:PORT"),
+        ({"listen": "127.0.0.1:99999"}, "HOST:PORT"),
+        ({"models": Path("/nowhere")}, "no model folder"),
+        ({"device": "tpu"}, "'cpu' or 'cuda'"),
+        ({"max_batch": 0}, "max_batch is 0"),
+        ({"threads": -1}, "threads"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(models: Path, settings: dict[str, object], said: str):
+    """A bad setting is one clear line before anything starts."""
+    with pytest.raises(ConfigError, match=said):
+        ServerConfig(**{"models": models, **settings})
+
+
+async def test_a_port_in_use_is_told(config: ServerConfig, server: Server):
+    """A second server on the same port is refused with the address in the message."""
+    logging.getLogger("grpc").setLevel(logging.CRITICAL)
+    with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{server.port}"):
+        await Server(replace(config, listen=f"127.0.0.1:{server.port}")).start()
+
+
+async def test_cuda_where_there_is_none_is_told(config: ServerConfig):
+    """`--device cuda` on a host without it serves nothing silently on the CPU: the model fails and says why."""
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        return
+    async with serving(replace(config, device="cuda")) as server:
+        entries = server.engine.catalogue.entries()
+        assert {entry.state for entry in entries} == {pb.MODEL_STATE_FAILED}
+        assert all("onnxruntime-gpu" in entry.reason for entry in entries)
