@@ -1,5 +1,10 @@
-"""Characters in, readings out: the tables around the network."""
+"""Characters in, readings out: the tables around the network.
 
+`python -m examples.pinyin.text SENTENCE` prints the numbers of its characters, one a line, as `carousel stream` reads
+them.
+"""
+
+import sys
 import unicodedata
 from collections.abc import Sequence
 from functools import cached_property
@@ -72,3 +77,7 @@ def with_tone_mark(reading: str) -> str:
 def read_sentences() -> list[str]:
     """The sentences of the example, one a line."""
     return Path(__file__).with_name("sentences.txt").read_text(encoding="utf-8").split()
+
+
+if __name__ == "__main__":
+    print(*Tables().encode("".join(sys.argv[1:])), sep="\n")
