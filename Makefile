@@ -26,10 +26,10 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 run: $(READY) ## The main job, end to end on a real model: export, prove, serve, stream; ends by itself
-	@$(BIN)/python examples/pinyin/run.py
+	@$(BIN)/python -m examples.pinyin.run
 
 serve: $(READY) ## Keep a server up on the example's model; prints the line that streams to it
-	@$(BIN)/python examples/pinyin/run.py --serve
+	@$(BIN)/python -m examples.pinyin.run --serve
 
 test: $(READY) lint ## Lint, then every test, on real servers
 	@$(BIN)/python -m pytest -q --numprocesses 2 --dist loadgroup
