@@ -47,30 +47,33 @@ def carried(net: Net, x: Tensor, state: State, sizes: Sequence[int]) -> tuple[Te
 
 
 @torch.no_grad()
-def looked_ahead(net: Net, x: Tensor, state: State, block: int, ahead: int) -> tuple[Tensor, State]:
-    """Latency-controlled: each layer an `nn.LSTM` of its own, run over block and ahead, then over the block alone.
+def looked_ahead(net: Net, block: Tensor, ahead: Tensor, state: State) -> tuple[Tensor, State]:
+    """One latency-controlled block: each layer an `nn.LSTM` of its own, run over block and ahead, then the block alone.
 
-    Forward starts from what is carried, backward from zero, so one bidirectional run over both parts has both answers.
+    Forward starts from what is carried and backward from zero, so one bidirectional run over both parts has both
+    answers, and the run over the block has the forward state that is carried on.
     """
-    lstm = net.lstm
-    directions = 2 if lstm.bidirectional else 1
-    layers = [_layer(lstm, i) for i in range(lstm.num_layers)]
-    h, c = (s.clone() for s in state)
+    directions = 2 if net.lstm.bidirectional else 1
+    h, c = (torch.zeros_like(s) for s in state)
+    part = torch.cat([block, ahead])
+    for i in range(net.lstm.num_layers):
+        layer = _layer(net.lstm, i)
+        before = tuple(s[i * directions : (i + 1) * directions].clone() for s in state)
+        for s in before:
+            s[1:] = 0
+        _, after = layer(part[: len(block)], before)
+        part, _ = layer(part, before)
+        h[i * directions], c[i * directions] = after[0][0], after[1][0]
+    return net.fc(part[: len(block)]), (h, c)
+
+
+def looked_ahead_stream(net: Net, x: Tensor, state: State, block: int, ahead: int) -> Tensor:
+    """A stream `[time, features]`, block after block."""
     outputs = []
-    for start in range(0, len(x), block):
-        n = len(x[start : start + block])
-        part = x[start : start + block + ahead]
-        for i, layer in enumerate(layers):
-            rows = slice(i * directions, (i + 1) * directions)
-            before = (h[rows].clone(), c[rows].clone())
-            for s in before:
-                s[1:] = 0
-            y, _ = layer(part, before)
-            _, (h[rows], c[rows]) = layer(part[:n], before)
-            h[rows][1:], c[rows][1:] = 0, 0
-            part = y
-        outputs.append(net.fc(part[:n]))
-    return torch.cat(outputs), (h, c)
+    for at in range(0, len(x), block):
+        y, state = looked_ahead(net, x[at : at + block], x[at + block : at + block + ahead], state)
+        outputs.append(y)
+    return torch.cat(outputs)
 
 
 def _layer(lstm: nn.LSTM, i: int) -> nn.LSTM:
