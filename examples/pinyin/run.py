@@ -108,7 +108,7 @@ async def stream(sequences: Sequence[NDArray[np.int64]]) -> dict[str, traffic.Ru
     assert task is not None, "asyncio.run made one"
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     async with running(MODELS, NAME) as target, carousel.connect(target) as client:
-        console.print(f"server at {target}; it repeated the bundle's golden answers before it served")
+        console.print(f"server at {target}; it replayed the bundle's golden vectors first")
         return {
             name: await traffic.stream_all(client, NAME, sequences, policy, AT_ONCE)
             for name, policy in POLICIES.items()

@@ -39,7 +39,7 @@ def parity_table(parity: Mapping[str, Any]) -> Table:
 
 def agreement_table(found: Sequence[Agreement]) -> Table:
     """How each policy read the ambiguous characters, and how it went."""
-    table = _table("Policy", right=("As offline", "Not", "Chars/s", "p50 ms", "p99 ms", "Rows/step"))
+    table = _table("Policy", right=("As offline", "Differ", "Chars/s", "p50 ms", "p99 ms", "Rows/step"))
     for entry in found:
         run = entry.run
         p50, p99 = np.percentile(run.latencies_s, [50, 99]) * 1000
