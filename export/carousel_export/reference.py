@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from carousel_export.eager import Eager, States, run_layer
+from carousel_export.errors import ExampleError
 from carousel_export.policies import Full, Lookahead, Piece, Policy
 from carousel_export.recurrent import directions_of
 from carousel_export.signature import Port, Signature
@@ -97,6 +98,11 @@ class Reference:
         return memory
 
     def _cut(self, port: Port, y: Tensor, piece: Piece) -> Tensor:
+        if y.dim() != len(port.eager_dims):
+            raise ExampleError(
+                f"output {port.name!r} is {list(y.shape)} for one sequence of {piece.block + piece.ahead} frames, where "
+                f"the example gave {len(port.eager_dims)} axes; name the axis that squeeze is to remove"
+            )
         taken = port.take(y)
         return taken[: piece.block] if port.timed else taken
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import carousel_export as cx
@@ -27,6 +28,17 @@ class Around(nn.Module):
 
 def lstm(**options: int | bool) -> nn.LSTM:
     return nn.LSTM(5, 4, batch_first=True, **options)
+
+
+class InAList(nn.Module):
+    """Layers that PyTorch does not know of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [lstm()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0](x)[0]
 
 
 class OwnLSTM(nn.LSTM):
@@ -63,6 +75,15 @@ REFUSED = {
     "projection": (Around(lstm(proj_size=2)), X, cx.ModelError, ["inner (LSTM)", "proj_size=2"]),
     "subclass": (Around(OwnLSTM(5, 4)), X, cx.ModelError, ["inner (OwnLSTM)", "plain nn.LSTM"]),
     "nothing recurrent": (nn.Linear(5, 4), X, cx.ModelError, ["Linear has no recurrent layer"]),
+    "in a plain list": (InAList(), X, cx.ModelError, ["layers", "plain list", "nn.ModuleList"]),
+    "parametrized": (
+        Around(weight_norm(lstm(), "weight_hh_l0")),
+        X,
+        cx.ModelError,
+        ["inner", "remove_parametrizations"],
+    ),
+    "squeezed": (Around(lstm(), lambda m, x: m(x)[0].sum(-1).squeeze()), X, cx.ExampleError, ["'output'", "squeeze"]),
+    "too large for float32": (Around(lstm(), lambda m, x: m(x)[0] * 1e3), X, cx.ParityError, ["scale the output down"]),
     "never called": (Around(lstm(), lambda _, x: x), X, cx.ModelError, ["inner", "did not call"]),
     "not a module": ("model.pt", X, cx.ModelError, ["str", "torch.nn.Module"]),
     "float64": (Around(lstm()).double(), X.double(), cx.ModelError, ["inner.weight_ih_l0", "model.float()"]),
