@@ -4,7 +4,8 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO, Protocol
+from io import FileIO
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.lib import format as npy
@@ -37,7 +38,8 @@ class Source(Protocol):
 def open_source(name: str, manifest: Manifest, chunk: int) -> Iterator[Source]:
     """The input called `name`, in chunks of at most `chunk` frames. Raises `SourceError`."""
     if name == "-":
-        yield _open_pipe(sys.stdin.buffer, manifest, chunk)
+        with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as raw:
+            yield _open_pipe(Pipe(raw), manifest, chunk)
         return
     try:
         loaded = np.load(name, mmap_mode="r" if name.endswith(".npy") else None, allow_pickle=False)
@@ -73,12 +75,39 @@ class Arrays:
             yield chunk
 
 
-def _open_pipe(pipe: BinaryIO, manifest: Manifest, chunk: int) -> Source:
+class Pipe:
+    """Standard input, as bytes when they arrive.
+
+    Unbuffered: a thread that waits in a buffered read holds a lock that the interpreter wants when it ends.
+    """
+
+    def __init__(self, raw: FileIO) -> None:
+        self._raw = raw
+        self._held = b""
+
+    def first(self) -> bytes:
+        """The first byte, which stays; nothing at the end."""
+        self._held = self._held or self._raw.read(_READ)
+        return self._held[:1]
+
+    def read(self, size: int = 0, /) -> bytes:
+        """`size` bytes, fewer only at the end; as `numpy.lib.format` wants it."""
+        while len(self._held) < size and (came := self._raw.read(_READ)):
+            self._held += came
+        part, self._held = self._held[:size], self._held[size:]
+        return part
+
+    def read_some(self) -> bytes:
+        """What has arrived, and at least a byte of it; nothing at the end."""
+        part, self._held = self._held or self._raw.read(_READ), b""
+        return part
+
+
+def _open_pipe(pipe: Pipe, manifest: Manifest, chunk: int) -> Source:
     if len(manifest.inputs) > 1:
         raise SourceError(f"{manifest.name} has several inputs, and standard input carries one; give an .npz file")
-    assert hasattr(pipe, "peek"), "standard input is buffered"
     # The first byte of an .npy file begins no text.
-    if pipe.peek(1)[:1] == npy.MAGIC_PREFIX[:1]:
+    if pipe.first() == npy.MAGIC_PREFIX[:1]:
         return PipedArray(pipe, chunk)
     return PipedLines(pipe, manifest, chunk)
 
@@ -86,7 +115,7 @@ def _open_pipe(pipe: BinaryIO, manifest: Manifest, chunk: int) -> Source:
 class PipedArray:
     """An .npy file on a pipe."""
 
-    def __init__(self, pipe: BinaryIO, chunk: int) -> None:
+    def __init__(self, pipe: Pipe, chunk: int) -> None:
         try:
             version = npy.read_magic(pipe)
             read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
@@ -112,7 +141,7 @@ class PipedArray:
         size = self._dtype.itemsize * int(np.prod(self._frame))
         held = b""
         while self.sent < self.total:
-            if not (came := _read_some(self._pipe)):
+            if not (came := self._pipe.read_some()):
                 raise SourceError(f"standard input ended after {self.sent} of {self.total} frames")
             held += came
             whole = min(len(held) // size, self.total - self.sent)
@@ -127,7 +156,7 @@ class PipedArray:
 class PipedLines:
     """Lines of numbers on a pipe, with blanks or commas between them; a line is a frame, empty ones are passed over."""
 
-    def __init__(self, pipe: BinaryIO, manifest: Manifest, chunk: int) -> None:
+    def __init__(self, pipe: Pipe, manifest: Manifest, chunk: int) -> None:
         spec = manifest.inputs[0]
         self.total: int | None = None
         self.sent = 0
@@ -139,7 +168,7 @@ class PipedLines:
 
     def __iter__(self) -> Iterator[Array]:
         held = b""
-        while came := _read_some(self._pipe):
+        while came := self._pipe.read_some():
             *lines, held = (held + came).split(b"\n")
             yield from self._chunks(lines)
         yield from self._chunks([held])
@@ -162,10 +191,3 @@ class PipedLines:
         except (ValueError, OverflowError) as error:
             wanted = f"{int(np.prod(self._frame))} numbers of {self._dtype.name}"
             raise SourceError(f"line {self._line} of standard input is not {wanted}: {error}") from error
-
-
-def _read_some(pipe: BinaryIO) -> bytes:
-    """What has arrived, and at least a byte of it; nothing at the end."""
-    assert hasattr(pipe, "read1"), "standard input is buffered"
-    came: bytes = pipe.read1(_READ)
-    return came

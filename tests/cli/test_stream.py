@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.cli.conftest import LABELS, Run, one_line, usage
 from tests.client.conftest import Mixer
-from tests.client.process import CAROUSEL
+from tests.client.process import CAROUSEL, serving
 from tests.support.models import Speaker, Tagger, carried, looked_ahead, make, whole
 
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6, 5]
@@ -81,6 +81,21 @@ def test_lines_are_answered_as_they_arrive(address: str):
         process.stdin.close()
         assert process.wait(20) == 0
         assert "9 frames in 9 chunks" in process.stderr.read()
+
+
+def test_a_live_pipe_whose_server_goes_ends_with_a_line(cli_models: Path):
+    """With the server gone the command ends at once, though standard input stays open and silent."""
+    with serving(cli_models) as server:
+        command = [CAROUSEL, "stream", "talker", "-", "--target", server.address, "--labels"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(command, text=True, bufsize=1, **pipes) as process:
+            process.stdin.write("3\n")
+            assert process.stdout.readline() == f"{words([3])[0]}\n"
+            server.stop()
+            assert process.wait(20) == 1
+            message = process.stderr.read()
+            assert message.startswith("Error: ")
+            assert message.count("\n") == 1
 
 
 def test_what_cannot_be_streamed_is_said_in_a_line(run: Run, tmp_path: Path, address: str):

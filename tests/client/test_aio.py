@@ -184,13 +184,21 @@ async def test_a_cancelled_caller_leaves_the_client_well(client):
 
 
 async def test_a_server_that_stops(own_server):
-    """GoingAway is kept and named by the error, which every session of the client gets."""
+    """GoingAway is kept and named by the error, which every session of the client gets, a waiting loop at once."""
+
+    async def silent() -> AsyncIterator[list[int]]:
+        yield [1]
+        await asyncio.Event().wait()
+
     async with cc.aio.connect(own_server.address) as client:
-        sessions = [client.session("speaker") for _ in range(2)]
+        sessions = [await client.session("speaker").__aenter__() for _ in range(3)]
+        stream = sessions.pop().stream(silent())
+        await anext(stream)
         for session in sessions:
-            await session.__aenter__()
             await session.send([1])
         await asyncio.to_thread(own_server.stop)
+        with pytest.raises(cc.Unavailable):
+            await anext(stream)
         for session in sessions:
             with pytest.raises(cc.Unavailable, match="had announced that it stops by"):
                 await session.send([2])

@@ -179,6 +179,9 @@ def test_nothing_is_sent_after_a_loop_is_left(client):
             assert held.wait(20)
             break
         left.set()
+        for thread in threading.enumerate():
+            if thread.name == "carousel-feeder":
+                thread.join(20)
         near(session.send([3]), whole(make(Speaker), torch.tensor([1, 3]))[1:])
 
 

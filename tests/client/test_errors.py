@@ -150,12 +150,33 @@ def test_a_server_that_stops_is_announced(own_server):
             session.send([2])
 
 
+def test_a_stream_that_waits_for_its_source_is_told_of_the_end(own_server):
+    """A loop whose source has nothing to send learns at once that the server has gone."""
+    silent = threading.Event()
+
+    def source():
+        yield [1]
+        silent.wait(20)
+
+    with cc.connect(own_server.address) as client:
+        stream = client.session("speaker").__enter__().stream(source())
+        next(stream)
+        own_server.stop()
+        with pytest.raises(cc.Unavailable):
+            next(stream)
+        silent.set()
+
+
 def test_a_client_that_was_closed(shared_address):
     """A closed client says so, for calls and sessions."""
     client = cc.connect(shared_address)
+    session = client.session("speaker").__enter__()
+    session.send([1])
     client.close()
     with pytest.raises(cc.FailedPrecondition, match="closed; connect again"):
         client.models()
+    with pytest.raises(cc.FailedPrecondition, match="closed; connect again"):
+        session.send([2])
 
 
 def test_a_newer_version_is_used_and_read_as_what_it_is(mixed_models: Path, tmp_path: Path):

@@ -196,11 +196,13 @@ class Session:
         """
         if in_flight < 1:
             raise ValueError(f"in_flight is {in_flight}; it must be at least 1")
-        feeder = Feeder(chunks, self._send, in_flight)
+        ended = self._connection.watch(self._state)
+        feeder = Feeder(chunks, self._send, ended, in_flight)
         try:
             for result in feeder:
                 yield self._answer(result)
         finally:
+            self._connection.unwatch(self._state, ended)
             feeder.stop()
 
     def _send(self, chunk: object, end: bool) -> Future[Result]:

@@ -19,7 +19,6 @@ CLOSE_GRACE_S = 2.0
 # Answers may be far larger than what was sent, and an own limit checks what is sent.
 CHANNEL_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
-Request = TypeVar("Request")
 Response = TypeVar("Response")
 
 
@@ -90,6 +89,17 @@ class Connection:
             session.wait_opened(answer)
         return answer
 
+    def watch(self, session: SessionState) -> Future[Result]:
+        """A future that gets the error which ends the session, and never a result."""
+        watcher: Future[Result] = Future()
+        with self._condition:
+            session.watch(watcher)
+        return watcher
+
+    def unwatch(self, session: SessionState, watcher: Future[Result]) -> None:
+        with self._condition:
+            session.unwatch(watcher)
+
     def end(self, session: SessionState) -> Future[None]:
         answer: Future[None] = Future()
         with self._condition:
@@ -137,7 +147,7 @@ class Connection:
             error = from_rpc(failure, self.target)
         finally:
             with self._condition:
-                stream.fail(error)
+                stream.fail(closed_error() if self._closed else error)
                 self._condition.notify_all()
 
 

@@ -14,11 +14,15 @@ class Feeder:
     """Iterates `chunks` in a thread and sends them, at most `in_flight` ahead of the results that were taken.
 
     As an iterator it gives the results in order, the last one that of the empty chunk which ends the sequence. What
-    `chunks` or `send` raises is raised here, after the results of what was sent before.
+    `chunks`, `send` or `ended` raises is raised here, after the results of what was sent before.
     """
 
     def __init__(
-        self, chunks: Iterable[object], send: Callable[[object, bool], Future[Result]], in_flight: int
+        self,
+        chunks: Iterable[object],
+        send: Callable[[object, bool], Future[Result]],
+        ended: Future[Result],
+        in_flight: int,
     ) -> None:
         self._chunks = chunks
         self._send = send
@@ -27,6 +31,7 @@ class Feeder:
         # Held while a chunk is sent, so that none is sent after `stop` has returned.
         self._sending = threading.Lock()
         self._stopped = False
+        ended.add_done_callback(self._answers.put)
         threading.Thread(target=self._feed, name="carousel-feeder", daemon=True).start()
 
     def __iter__(self) -> Iterator[Result]:

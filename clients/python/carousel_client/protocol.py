@@ -77,7 +77,7 @@ class Outbox:
         return request
 
 
-@dataclass
+@dataclass(eq=False)
 class Sent:
     """A chunk that was sent and not acknowledged."""
 
@@ -98,6 +98,7 @@ class SessionState:
         self._outbox = outbox
         self._next_index = 0
         self._open_waiters: list[Waiter[Opened]] = []
+        self._watchers: list[Waiter[Result]] = []
         self._close_waiter: Waiter[None] | None = None
         self._error: CarouselError | None = None
         self._error_was_told = False
@@ -119,6 +120,15 @@ class SessionState:
             return
         self._raise_if_ended()
         self._open_waiters.append(waiter)
+
+    def watch(self, watcher: Waiter[Result]) -> None:
+        """Give `watcher` the error that ends the session, when one does: for who waits with nothing under way."""
+        self._raise_if_ended()
+        self._watchers.append(watcher)
+
+    def unwatch(self, watcher: Waiter[Result]) -> None:
+        if watcher in self._watchers:
+            self._watchers.remove(watcher)
 
     def close(self, waiter: Waiter[None]) -> None:
         """Send Close. A session that an error has ended is closed; its waiter gets the error if nobody else has."""
@@ -175,6 +185,7 @@ class SessionState:
         waiters: list[Waiter[Result] | Waiter[Opened] | Waiter[None]] = [
             *(sent.waiter for sent in self.unacknowledged),
             *self._open_waiters,
+            *self._watchers,
         ]
         if self._close_waiter is not None:
             if closed and not self._close_waiter.done():
@@ -187,6 +198,7 @@ class SessionState:
         self._error_was_told |= closed
         self.unacknowledged.clear()
         self._open_waiters.clear()
+        self._watchers.clear()
 
     def _raise_if_ended(self) -> None:
         if self._error is not None:

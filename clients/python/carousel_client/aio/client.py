@@ -201,6 +201,8 @@ class Session:
             raise ValueError(f"in_flight is {in_flight}; it must be at least 1")
         answers: asyncio.Queue[asyncio.Future[Result] | None] = asyncio.Queue()
         room = asyncio.Semaphore(in_flight)
+        ended = self._connection.watch(self._state)
+        ended.add_done_callback(answers.put_nowait)
         feeder = asyncio.create_task(self._feed(chunks, answers, room), name="carousel-feeder")
         try:
             while (answer := await answers.get()) is not None:
@@ -209,6 +211,8 @@ class Session:
                 yield await self._answer(result)
             await feeder
         finally:
+            self._state.unwatch(ended)
+            _forget(ended)
             feeder.cancel()
             await asyncio.gather(feeder, return_exceptions=True)
             while not answers.empty():
@@ -264,5 +268,5 @@ async def _wait(answer: asyncio.Future[T], timeout: float | None, what: str) -> 
 
 def _forget(answer: asyncio.Future[T]) -> None:
     """Nobody waits for `answer` any more: asyncio need not complain of its error."""
-    if not answer.cancel():
+    if not answer.cancel() and not answer.cancelled():
         answer.exception()

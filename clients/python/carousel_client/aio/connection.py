@@ -84,6 +84,12 @@ class Connection:
         session.wait_opened(answer)
         return answer
 
+    def watch(self, session: SessionState) -> asyncio.Future[Result]:
+        """A future that gets the error which ends the session, and never a result."""
+        watcher: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        session.watch(watcher)
+        return watcher
+
     def end(self, session: SessionState) -> asyncio.Future[None]:
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         session.close(answer)
@@ -129,5 +135,5 @@ class Connection:
         except grpc.aio.AioRpcError as failure:
             error = from_rpc(failure, self.target)
         finally:
-            stream.fail(error)
+            stream.fail(closed_error() if self._closed else error)
             ready.set()
