@@ -24,7 +24,8 @@ def generate(into: Path) -> dict[str, str]:
         f"--plugin={Path(sys.executable).parent / name}" for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")
     ]
     arguments = ["protoc", *mypy_plugins, f"-I{ROOT}", f"-I{googleapis}", f"-I{files('grpc_tools') / '_proto'}"]
-    arguments += [f"--{kind}_out={into}" for kind in ("python", "mypy", "grpc_python", "mypy_grpc")]
+    arguments += [f"--{kind}={into}" for kind in ("python_out", "grpc_python_out")]
+    arguments += [f"--{kind}=quiet:{into}" for kind in ("mypy_out", "mypy_grpc_out")]
     if protoc.main([*arguments, *map(str, sources)]) != 0:
         sys.exit("protoc failed: its message is above")
     generated = {}

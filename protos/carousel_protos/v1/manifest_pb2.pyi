@@ -451,7 +451,7 @@ Global___Labels: _TypeAlias = Labels  # noqa: Y015
 
 @_typing.final
 class Tolerance(_message.Message):
-    """|got − wanted| ≤ absolute + relative × |wanted|."""
+    """|got − wanted| ≤ max(absolute, relative × the largest |wanted| of that output in that sequence)."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -116,8 +116,8 @@ def _compare(model: Model, policy: str, output: str, streams: list[_Stream]) -> 
         got, wanted = np.concatenate(values) if port.per_frame else values[-1], stream.wanted[output]
         if got.shape != wanted.shape:
             raise LoadError(f"{policy}: {output!r} has shape {got.shape}, the eager model gave {wanted.shape}")
-        error = np.abs(got.astype(np.float64) - wanted)
+        error = float(np.abs(got.astype(np.float64) - wanted).max())
         frames += stream.frames
-        worst = max(worst, float(error.max()))
-        within &= bool((error <= allowed.absolute + allowed.relative * np.abs(wanted)).all())
+        worst = max(worst, error)
+        within &= error <= max(allowed.absolute, allowed.relative * float(np.abs(wanted).max()))
     return Replayed(policy, output, frames, worst, allowed.absolute, within)
