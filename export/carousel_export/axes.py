@@ -198,7 +198,7 @@ def _find_fed(
     longer = [grow(x, axis, max(5, x.shape[axis])) for x, axis in zip(example, time_axes, strict=True)]
     rows = [[x.roll(shift, axis) for x, axis in zip(longer, time_axes, strict=True)] for shift in range(3)]
     alone = [eager.run(row) for row in rows]
-    for place in (0, 1):
+    for place in range(min(x.dim() for x in example) + 1):
         together = eager.try_run([torch.stack(x, place) for x in zip(*rows, strict=True)])
         if together is None:
             continue

@@ -93,7 +93,8 @@ class LiftedLSTM(nn.LSTM):
                 back_ahead, h_back, c_back = self.run_layer(layer, "reverse", ahead, frame.lengths_ahead, None, None)
                 back, _, _ = self.run_layer(layer, "reverse", block, frame.lengths, h_back, c_back)
                 y, y_ahead = torch.cat([y, back], dim=2), torch.cat([y_ahead, back_ahead], dim=2)
-                states = [torch.cat([s, torch.zeros_like(s)]) for s in states]
+                # The backward row is zero: each block starts it anew.
+                states = [nn.functional.pad(s, (0, 0, 0, 0, 0, 1)) for s in states]
             block, ahead = y, y_ahead
             ended.append(states)
         return torch.cat([block, ahead]), tuple(torch.cat(states) for states in zip(*ended, strict=True))

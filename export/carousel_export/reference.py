@@ -100,8 +100,8 @@ class Reference:
     def _cut(self, port: Port, y: Tensor, piece: Piece) -> Tensor:
         if y.dim() != len(port.eager_dims):
             raise ExampleError(
-                f"output {port.name!r} is {list(y.shape)} for one sequence of {piece.block + piece.ahead} frames, where "
-                f"the example gave {len(port.eager_dims)} axes; name the axis that squeeze is to remove"
+                f"output {port.name!r} is {list(y.shape)} for one sequence of {piece.block + piece.ahead} frames, "
+                f"where the example gave {len(port.eager_dims)} axes; name the axis that squeeze is to remove"
             )
         taken = port.take(y)
         return taken[: piece.block] if port.timed else taken
