@@ -136,6 +136,7 @@ class Open(_message.Message):
     POLICY_FIELD_NUMBER: _builtins.int
     RESUME_FIELD_NUMBER: _builtins.int
     INITIAL_STATE_FIELD_NUMBER: _builtins.int
+    CONTEXT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Empty: the server assigns one. A client that assigns its own may send chunks before Opened arrives."""
     model: _builtins.str
@@ -151,6 +152,10 @@ class Open(_message.Message):
     def initial_state(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]:
         """State tensors by the manifest's state input name, each [layers × directions, size]; those absent start at zero."""
 
+    @_builtins.property
+    def context(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]:
+        """One for each of the manifest's contexts, without the batch; they hold for the whole session."""
+
     def __init__(
         self,
         *,
@@ -160,10 +165,11 @@ class Open(_message.Message):
         policy: _manifest_pb2.Policy | None = ...,
         resume: _builtins.bool = ...,
         initial_state: _abc.Iterable[Global___Tensor] | None = ...,
+        context: _abc.Iterable[Global___Tensor] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["initial_state", b"initial_state", "model", b"model", "policy", b"policy", "resume", b"resume", "session_id", b"session_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "initial_state", b"initial_state", "model", b"model", "policy", b"policy", "resume", b"resume", "session_id", b"session_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -437,7 +443,7 @@ class InferRequest(_message.Message):
     version: _builtins.str
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]:
-        """One for each input, [batch, time, …]."""
+        """One for each input, [batch, time, …], and one for each context, [batch, …]."""
 
     @_builtins.property
     def lengths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

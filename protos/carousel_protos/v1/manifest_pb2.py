@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63\x61rousel/v1/manifest.proto\x12\x0b\x63\x61rousel.v1\"\xb8\x06\n\x08Manifest\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12 \n\x05\x66iles\x18\x04 \x03(\x0b\x32\x11.carousel.v1.File\x12\'\n\x06inputs\x18\x05 \x03(\x0b\x32\x17.carousel.v1.TensorSpec\x12(\n\x07outputs\x18\x06 \x03(\x0b\x32\x17.carousel.v1.TensorSpec\x12&\n\x06states\x18\x07 \x03(\x0b\x32\x16.carousel.v1.StateSpec\x12\x0f\n\x07lengths\x18\x08 \x01(\t\x12%\n\x08policies\x18\t \x03(\x0b\x32\x13.carousel.v1.Policy\x12+\n\x0e\x64\x65\x66\x61ult_policy\x18\n \x01(\x0b\x32\x13.carousel.v1.Policy\x12\x0e\n\x06ragged\x18\x0b \x01(\x08\x12\"\n\x06graphs\x18\x0c \x03(\x0b\x32\x12.carousel.v1.Graph\x12\x13\n\x0btorchscript\x18\r \x01(\t\x12+\n\x06layers\x18\x0e \x03(\x0b\x32\x1b.carousel.v1.RecurrentLayer\x12\x12\n\nparameters\x18\x0f \x01(\x04\x12\x31\n\x06labels\x18\x10 \x03(\x0b\x32!.carousel.v1.Manifest.LabelsEntry\x12\x35\n\x08metadata\x18\x11 \x03(\x0b\x32#.carousel.v1.Manifest.MetadataEntry\x12)\n\ttolerance\x18\x12 \x01(\x0b\x32\x16.carousel.v1.Tolerance\x12\x36\n\tmade_with\x18\x13 \x03(\x0b\x32#.carousel.v1.Manifest.MadeWithEntry\x1a\x42\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.carousel.v1.Labels:\x02\x38\x01\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a/\n\rMadeWithEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"3\n\x04\x46ile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"b\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x05\x64type\x18\x02 \x01(\x0e\x32\x15.carousel.v1.DataType\x12\x0c\n\x04\x64ims\x18\x03 \x03(\t\x12\x12\n\neager_dims\x18\x04 \x03(\t\"m\n\tStateSpec\x12\r\n\x05input\x18\x01 \x01(\t\x12\x0e\n\x06output\x18\x02 \x01(\t\x12$\n\x05\x64type\x18\x03 \x01(\x0e\x32\x15.carousel.v1.DataType\x12\x0c\n\x04\x64ims\x18\x04 \x03(\t\x12\r\n\x05layer\x18\x05 \x01(\t\"M\n\x06Policy\x12%\n\x04kind\x18\x01 \x01(\x0e\x32\x17.carousel.v1.PolicyKind\x12\r\n\x05\x62lock\x18\x02 \x01(\r\x12\r\n\x05\x61head\x18\x03 \x01(\r\"Q\n\x05Graph\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12)\n\x08policies\x18\x02 \x03(\x0e\x32\x17.carousel.v1.PolicyKind\x12\x0f\n\x07variant\x18\x03 \x01(\t\"\x95\x01\n\x0eRecurrentLayer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x12\n\ninput_size\x18\x03 \x01(\r\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x16\n\x0enum_directions\x18\x06 \x01(\r\x12\x12\n\nparameters\x18\x07 \x01(\x04\"\x18\n\x06Labels\x12\x0e\n\x06values\x18\x01 \x03(\t\"/\n\tTolerance\x12\x10\n\x08\x61\x62solute\x18\x01 \x01(\x01\x12\x10\n\x08relative\x18\x02 \x01(\x01*\xe6\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT64\x10\x03\x12\x12\n\x0e\x44\x41TA_TYPE_INT8\x10\x04\x12\x13\n\x0f\x44\x41TA_TYPE_INT16\x10\x05\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x06\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x07\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\x08\x12\x12\n\x0e\x44\x41TA_TYPE_BOOL\x10\t*\x89\x01\n\nPolicyKind\x12\x1b\n\x17POLICY_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12POLICY_KIND_CAUSAL\x10\x01\x12\x15\n\x11POLICY_KIND_CARRY\x10\x02\x12\x19\n\x15POLICY_KIND_LOOKAHEAD\x10\x03\x12\x14\n\x10POLICY_KIND_FULL\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63\x61rousel/v1/manifest.proto\x12\x0b\x63\x61rousel.v1\"\xcf\x07\n\x08Manifest\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12 \n\x05\x66iles\x18\x04 \x03(\x0b\x32\x11.carousel.v1.File\x12\'\n\x06inputs\x18\x05 \x03(\x0b\x32\x17.carousel.v1.TensorSpec\x12(\n\x07outputs\x18\x06 \x03(\x0b\x32\x17.carousel.v1.TensorSpec\x12&\n\x06states\x18\x07 \x03(\x0b\x32\x16.carousel.v1.StateSpec\x12\x0f\n\x07lengths\x18\x08 \x01(\t\x12%\n\x08policies\x18\t \x03(\x0b\x32\x13.carousel.v1.Policy\x12+\n\x0e\x64\x65\x66\x61ult_policy\x18\n \x01(\x0b\x32\x13.carousel.v1.Policy\x12\x0e\n\x06ragged\x18\x0b \x01(\x08\x12\"\n\x06graphs\x18\x0c \x03(\x0b\x32\x12.carousel.v1.Graph\x12\x13\n\x0btorchscript\x18\r \x01(\t\x12+\n\x06layers\x18\x0e \x03(\x0b\x32\x1b.carousel.v1.RecurrentLayer\x12\x12\n\nparameters\x18\x0f \x01(\x04\x12\x31\n\x06labels\x18\x10 \x03(\x0b\x32!.carousel.v1.Manifest.LabelsEntry\x12\x35\n\x08metadata\x18\x11 \x03(\x0b\x32#.carousel.v1.Manifest.MetadataEntry\x12)\n\ttolerance\x18\x12 \x01(\x0b\x32\x16.carousel.v1.Tolerance\x12\x36\n\tmade_with\x18\x13 \x03(\x0b\x32#.carousel.v1.Manifest.MadeWithEntry\x12)\n\x08\x63ontexts\x18\x14 \x03(\x0b\x32\x17.carousel.v1.TensorSpec\x12\x11\n\targuments\x18\x15 \x03(\t\x12 \n\x05links\x18\x16 \x03(\x0b\x32\x11.carousel.v1.Link\x12\x1c\n\x14trainable_parameters\x18\x17 \x01(\x04\x12\x17\n\x0f\x66lops_per_frame\x18\x18 \x01(\x04\x1a\x42\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.carousel.v1.Labels:\x02\x38\x01\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a/\n\rMadeWithEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"4\n\x04Link\x12\r\n\x05input\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06output\x18\x03 \x01(\t\"3\n\x04\x46ile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"b\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x05\x64type\x18\x02 \x01(\x0e\x32\x15.carousel.v1.DataType\x12\x0c\n\x04\x64ims\x18\x03 \x03(\t\x12\x12\n\neager_dims\x18\x04 \x03(\t\"m\n\tStateSpec\x12\r\n\x05input\x18\x01 \x01(\t\x12\x0e\n\x06output\x18\x02 \x01(\t\x12$\n\x05\x64type\x18\x03 \x01(\x0e\x32\x15.carousel.v1.DataType\x12\x0c\n\x04\x64ims\x18\x04 \x03(\t\x12\r\n\x05layer\x18\x05 \x01(\t\"M\n\x06Policy\x12%\n\x04kind\x18\x01 \x01(\x0e\x32\x17.carousel.v1.PolicyKind\x12\r\n\x05\x62lock\x18\x02 \x01(\r\x12\r\n\x05\x61head\x18\x03 \x01(\r\"Q\n\x05Graph\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12)\n\x08policies\x18\x02 \x03(\x0e\x32\x17.carousel.v1.PolicyKind\x12\x0f\n\x07variant\x18\x03 \x01(\t\"\xfb\x01\n\x0eRecurrentLayer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x12\n\ninput_size\x18\x03 \x01(\r\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x16\n\x0enum_directions\x18\x06 \x01(\r\x12\x12\n\nparameters\x18\x07 \x01(\x04\x12\x1c\n\x14trainable_parameters\x18\x14 \x01(\x04\x12\x18\n\x10layer_parameters\x18\x15 \x03(\x04\x12\x13\n\x0bstate_bytes\x18\x16 \x01(\x04\x12\x17\n\x0f\x66lops_per_frame\x18\x17 \x01(\x04\"\x18\n\x06Labels\x12\x0e\n\x06values\x18\x01 \x03(\t\"/\n\tTolerance\x12\x10\n\x08\x61\x62solute\x18\x01 \x01(\x01\x12\x10\n\x08relative\x18\x02 \x01(\x01*\xe6\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT64\x10\x03\x12\x12\n\x0e\x44\x41TA_TYPE_INT8\x10\x04\x12\x13\n\x0f\x44\x41TA_TYPE_INT16\x10\x05\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x06\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x07\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\x08\x12\x12\n\x0e\x44\x41TA_TYPE_BOOL\x10\t*\x89\x01\n\nPolicyKind\x12\x1b\n\x17POLICY_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12POLICY_KIND_CAUSAL\x10\x01\x12\x15\n\x11POLICY_KIND_CARRY\x10\x02\x12\x19\n\x15POLICY_KIND_LOOKAHEAD\x10\x03\x12\x14\n\x10POLICY_KIND_FULL\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,32 +37,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MANIFEST_METADATAENTRY']._serialized_options = b'8\001'
   _globals['_MANIFEST_MADEWITHENTRY']._loaded_options = None
   _globals['_MANIFEST_MADEWITHENTRY']._serialized_options = b'8\001'
-  _globals['_DATATYPE']._serialized_start=1524
-  _globals['_DATATYPE']._serialized_end=1754
-  _globals['_POLICYKIND']._serialized_start=1757
-  _globals['_POLICYKIND']._serialized_end=1894
+  _globals['_DATATYPE']._serialized_start=1831
+  _globals['_DATATYPE']._serialized_end=2061
+  _globals['_POLICYKIND']._serialized_start=2064
+  _globals['_POLICYKIND']._serialized_end=2201
   _globals['_MANIFEST']._serialized_start=44
-  _globals['_MANIFEST']._serialized_end=868
-  _globals['_MANIFEST_LABELSENTRY']._serialized_start=704
-  _globals['_MANIFEST_LABELSENTRY']._serialized_end=770
-  _globals['_MANIFEST_METADATAENTRY']._serialized_start=772
-  _globals['_MANIFEST_METADATAENTRY']._serialized_end=819
-  _globals['_MANIFEST_MADEWITHENTRY']._serialized_start=821
-  _globals['_MANIFEST_MADEWITHENTRY']._serialized_end=868
-  _globals['_FILE']._serialized_start=870
-  _globals['_FILE']._serialized_end=921
-  _globals['_TENSORSPEC']._serialized_start=923
-  _globals['_TENSORSPEC']._serialized_end=1021
-  _globals['_STATESPEC']._serialized_start=1023
-  _globals['_STATESPEC']._serialized_end=1132
-  _globals['_POLICY']._serialized_start=1134
-  _globals['_POLICY']._serialized_end=1211
-  _globals['_GRAPH']._serialized_start=1213
-  _globals['_GRAPH']._serialized_end=1294
-  _globals['_RECURRENTLAYER']._serialized_start=1297
-  _globals['_RECURRENTLAYER']._serialized_end=1446
-  _globals['_LABELS']._serialized_start=1448
-  _globals['_LABELS']._serialized_end=1472
-  _globals['_TOLERANCE']._serialized_start=1474
-  _globals['_TOLERANCE']._serialized_end=1521
+  _globals['_MANIFEST']._serialized_end=1019
+  _globals['_MANIFEST_LABELSENTRY']._serialized_start=855
+  _globals['_MANIFEST_LABELSENTRY']._serialized_end=921
+  _globals['_MANIFEST_METADATAENTRY']._serialized_start=923
+  _globals['_MANIFEST_METADATAENTRY']._serialized_end=970
+  _globals['_MANIFEST_MADEWITHENTRY']._serialized_start=972
+  _globals['_MANIFEST_MADEWITHENTRY']._serialized_end=1019
+  _globals['_LINK']._serialized_start=1021
+  _globals['_LINK']._serialized_end=1073
+  _globals['_FILE']._serialized_start=1075
+  _globals['_FILE']._serialized_end=1126
+  _globals['_TENSORSPEC']._serialized_start=1128
+  _globals['_TENSORSPEC']._serialized_end=1226
+  _globals['_STATESPEC']._serialized_start=1228
+  _globals['_STATESPEC']._serialized_end=1337
+  _globals['_POLICY']._serialized_start=1339
+  _globals['_POLICY']._serialized_end=1416
+  _globals['_GRAPH']._serialized_start=1418
+  _globals['_GRAPH']._serialized_end=1499
+  _globals['_RECURRENTLAYER']._serialized_start=1502
+  _globals['_RECURRENTLAYER']._serialized_end=1753
+  _globals['_LABELS']._serialized_start=1755
+  _globals['_LABELS']._serialized_end=1779
+  _globals['_TOLERANCE']._serialized_start=1781
+  _globals['_TOLERANCE']._serialized_end=1828
 # @@protoc_insertion_point(module_scope)

@@ -159,6 +159,11 @@ class Manifest(_message.Message):
     METADATA_FIELD_NUMBER: _builtins.int
     TOLERANCE_FIELD_NUMBER: _builtins.int
     MADE_WITH_FIELD_NUMBER: _builtins.int
+    CONTEXTS_FIELD_NUMBER: _builtins.int
+    ARGUMENTS_FIELD_NUMBER: _builtins.int
+    LINKS_FIELD_NUMBER: _builtins.int
+    TRAINABLE_PARAMETERS_FIELD_NUMBER: _builtins.int
+    FLOPS_PER_FRAME_FIELD_NUMBER: _builtins.int
     format: _builtins.int
     """The bundle format; a reader refuses one that it does not know."""
     name: _builtins.str
@@ -172,6 +177,12 @@ class Manifest(_message.Message):
     lookahead also has a method `lookahead` that takes what the lookahead graph takes.
     """
     parameters: _builtins.int
+    trainable_parameters: _builtins.int
+    """Those of the parameters that training would change."""
+    flops_per_frame: _builtins.int
+    """Floating-point operations to run the model on one frame once: twice the multiply-adds of its recurrent, linear and
+    convolutional layers. Under lookahead each frame is run (block + ahead) / block times.
+    """
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___File]: ...
     @_builtins.property
@@ -204,6 +215,20 @@ class Manifest(_message.Message):
     def made_with(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Library name to version: torch, onnx, onnxruntime, carousel, …"""
 
+    @_builtins.property
+    def contexts(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
+        """The model's inputs without a time axis of this stream, given once a session and seen by every step: a speaker's
+        embedding, an encoder's outputs. "batch" first; then numbers and, where sessions may differ in size, names.
+        """
+
+    @_builtins.property
+    def arguments(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The tensors that the eager model's `forward` takes, by their names here, in its order."""
+
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___Link]:
+        """What a session's context and initial state are, where another model gives them."""
+
     def __init__(
         self,
         *,
@@ -226,14 +251,46 @@ class Manifest(_message.Message):
         metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         tolerance: Global___Tolerance | None = ...,
         made_with: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        contexts: _abc.Iterable[Global___TensorSpec] | None = ...,
+        arguments: _abc.Iterable[_builtins.str] | None = ...,
+        links: _abc.Iterable[Global___Link] | None = ...,
+        trainable_parameters: _builtins.int = ...,
+        flops_per_frame: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["default_policy", b"default_policy", "tolerance", b"tolerance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_policy", b"default_policy", "files", b"files", "format", b"format", "graphs", b"graphs", "inputs", b"inputs", "labels", b"labels", "layers", b"layers", "lengths", b"lengths", "made_with", b"made_with", "metadata", b"metadata", "name", b"name", "outputs", b"outputs", "parameters", b"parameters", "policies", b"policies", "ragged", b"ragged", "states", b"states", "tolerance", b"tolerance", "torchscript", b"torchscript", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "contexts", b"contexts", "default_policy", b"default_policy", "files", b"files", "flops_per_frame", b"flops_per_frame", "format", b"format", "graphs", b"graphs", "inputs", b"inputs", "labels", b"labels", "layers", b"layers", "lengths", b"lengths", "links", b"links", "made_with", b"made_with", "metadata", b"metadata", "name", b"name", "outputs", b"outputs", "parameters", b"parameters", "policies", b"policies", "ragged", b"ragged", "states", b"states", "tolerance", b"tolerance", "torchscript", b"torchscript", "trainable_parameters", b"trainable_parameters", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Manifest: _TypeAlias = Manifest  # noqa: Y015
+
+@_typing.final
+class Link(_message.Message):
+    """`input`, a context or a state input of this model, is what the model `model` answers as `output`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INPUT_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    input: _builtins.str
+    model: _builtins.str
+    output: _builtins.str
+    def __init__(
+        self,
+        *,
+        input: _builtins.str = ...,
+        model: _builtins.str = ...,
+        output: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "model", b"model", "output", b"output"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Link: _TypeAlias = Link  # noqa: Y015
 
 @_typing.final
 class File(_message.Message):
@@ -272,8 +329,8 @@ class TensorSpec(_message.Message):
     dtype: Global___DataType.ValueType
     @_builtins.property
     def dims(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The graph's dimensions, batch first: "batch", "time", or a number. An output without "time" has one value a
-        sequence.
+        """The graph's dimensions, batch first: "batch", "time", a number, or the name of a context's dimension. An output
+        without "time" has one value a sequence.
         """
 
     @_builtins.property
@@ -401,6 +458,10 @@ class RecurrentLayer(_message.Message):
     NUM_LAYERS_FIELD_NUMBER: _builtins.int
     NUM_DIRECTIONS_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
+    TRAINABLE_PARAMETERS_FIELD_NUMBER: _builtins.int
+    LAYER_PARAMETERS_FIELD_NUMBER: _builtins.int
+    STATE_BYTES_FIELD_NUMBER: _builtins.int
+    FLOPS_PER_FRAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The module's path in the eager model; a module's second call has ".call1" after it."""
     kind: _builtins.str
@@ -410,6 +471,15 @@ class RecurrentLayer(_message.Message):
     num_layers: _builtins.int
     num_directions: _builtins.int
     parameters: _builtins.int
+    trainable_parameters: _builtins.int
+    state_bytes: _builtins.int
+    """What a session keeps of this layer."""
+    flops_per_frame: _builtins.int
+    """As Manifest.flops_per_frame, of this layer alone."""
+    @_builtins.property
+    def layer_parameters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of each of the num_layers in turn, all its directions together."""
+
     def __init__(
         self,
         *,
@@ -420,10 +490,14 @@ class RecurrentLayer(_message.Message):
         num_layers: _builtins.int = ...,
         num_directions: _builtins.int = ...,
         parameters: _builtins.int = ...,
+        trainable_parameters: _builtins.int = ...,
+        layer_parameters: _abc.Iterable[_builtins.int] | None = ...,
+        state_bytes: _builtins.int = ...,
+        flops_per_frame: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden_size", b"hidden_size", "input_size", b"input_size", "kind", b"kind", "name", b"name", "num_directions", b"num_directions", "num_layers", b"num_layers", "parameters", b"parameters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["flops_per_frame", b"flops_per_frame", "hidden_size", b"hidden_size", "input_size", b"input_size", "kind", b"kind", "layer_parameters", b"layer_parameters", "name", b"name", "num_directions", b"num_directions", "num_layers", b"num_layers", "parameters", b"parameters", "state_bytes", b"state_bytes", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
