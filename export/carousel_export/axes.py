@@ -2,7 +2,7 @@
 
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,10 @@ from torch.utils import _pytree as pytree
 from carousel_export.eager import Eager, States, plain
 from carousel_export.errors import ExampleError, ModelError
 from carousel_export.recurrent import directions_of, states_of
-from carousel_export.signature import BATCH, SUPPORTED_DTYPES, TIME, Dims, Port, Signature, State
+from carousel_export.signature import BATCH, SOURCE, SUPPORTED_DTYPES, TIME, Dims, Port, Signature, State
+
+# For each input the axis that has a role, None where it has none.
+Axes = tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,10 @@ def find_signature(
     """The model's signature, from running it on the example inputs and on grown ones.
 
     `dims` names the axes of inputs, by input name and in the eager model's order, and is believed; where it is absent
-    the axes are found. Sizes of the example may coincide. Raises `ExampleError` where no axis is batch or time, where
-    an output follows neither, or for an example that the model does not run on; `ModelError`, naming the layer,
-    where a recurrent layer does not run over the model's own time.
+    the axes are found. An input without time is a context, whose other axes are named where the model takes any size of
+    them. Sizes of the example may coincide. Raises `ExampleError` where no axis is batch or time, where an output
+    follows neither, or for an example that the model does not run on; `ModelError`, naming the layer, where a recurrent
+    layer does not run over the model's own time.
     """
     names = _input_names(eager, example, input_names)
     _check_example(names, example)
@@ -57,14 +61,18 @@ def find_signature(
     if time_axes is None:
         raise _lost(eager, example, base, names)
     batch_axes = given[BATCH] if given else _search(eager, example, base, BATCH)
-    inputs = [
-        {time: TIME, **({} if batch_axes is None else {batch_axes[i]: BATCH})} for i, time in enumerate(time_axes)
+    roles: list[tuple[str, Axes]] = [(TIME, time_axes), *([] if batch_axes is None else [(BATCH, batch_axes)])]
+    if None in time_axes:
+        _check_contexts(names, time_axes, batch_axes)
+        roles += _given_sources(names, dims) if dims else _find_sources(eager, example, base, roles)
+    eager_dims = [
+        _dims(x, {axis: role for role, axes in roles if (axis := axes[i]) is not None}) for i, x in enumerate(example)
     ]
-    eager_dims = [_dims(x, named) for x, named in zip(example, inputs, strict=True)]
-    frames = example[0].shape[time_axes[0]]
-    outputs = _output_dims(eager, example, base, time_axes, batch_axes, _output_names(tree, output_names))
+    frames = next(x.shape[axis] for x, axis in zip(example, time_axes, strict=True) if axis is not None)
+    outputs = _output_dims(eager, example, base, roles, _output_names(tree, output_names))
     if batch_axes is None:
-        fed_inputs, fed_outputs = _find_fed(eager, example, time_axes, eager_dims, outputs)
+        whole = tuple(axis for axis in time_axes if axis is not None)
+        fed_inputs, fed_outputs = _find_fed(eager, example, whole, eager_dims, outputs)
     else:
         fed_inputs, fed_outputs = eager_dims, list(outputs.values())
     for name, named in outputs.items():
@@ -73,11 +81,14 @@ def find_signature(
                 f"output {name!r} has {got} frames where the input has {frames}; return a value for each frame, or "
                 "one for the sequence"
             )
+    ports = [
+        Port(name, x.dtype, named, fed)
+        for name, x, named, fed in zip(names, example, eager_dims, fed_inputs, strict=True)
+    ]
     return Signature(
-        inputs=tuple(
-            Port(name, x.dtype, named, fed)
-            for name, x, named, fed in zip(names, example, eager_dims, fed_inputs, strict=True)
-        ),
+        inputs=tuple(port for port in ports if port.timed),
+        contexts=tuple(port for port in ports if not port.timed),
+        arguments=names,
         outputs=tuple(
             Port(name, y.dtype, named, fed)
             for (name, named), y, fed in zip(outputs.items(), base.outputs, fed_outputs, strict=True)
@@ -109,7 +120,7 @@ def _run(eager: Eager, inputs: Sequence[Tensor]) -> _Run | None:
     return None if outputs is None else _Run(tuple(calls), outputs)
 
 
-def _search(eager: Eager, example: tuple[Tensor, ...], base: _Run, role: str) -> tuple[int, ...] | None:
+def _search(eager: Eager, example: tuple[Tensor, ...], base: _Run, role: str) -> Axes | None:
     """For each input its axis that is `role`: growing them together grows that of each recurrent call, no other."""
     for axes, run in _grown(eager, example):
         if not _strayed(base, run, role):
@@ -117,14 +128,58 @@ def _search(eager: Eager, example: tuple[Tensor, ...], base: _Run, role: str) ->
     return None
 
 
-def _grown(eager: Eager, example: tuple[Tensor, ...]) -> Iterator[tuple[tuple[int, ...], _Run]]:
-    for axes in itertools.product(*(range(x.dim()) for x in example)):
-        if len({x.shape[axis] for x, axis in zip(example, axes, strict=True)}) != 1:
-            continue
-        size = example[0].shape[axes[0]]
-        run = _run(eager, [grow(x, axis, size + 1) for x, axis in zip(example, axes, strict=True)])
+def _grown(
+    eager: Eager, example: tuple[Tensor, ...], free: Sequence[Collection[int]] | None = None
+) -> Iterator[tuple[Axes, _Run]]:
+    """Runs with axes of one size grown by one together, at most one of each input: of `free`, or of all.
+
+    As few as can be first: what does not have to grow with the others is not of their role. But a size of one is taken
+    for any other by code that broadcasts, and there as many as can be come first.
+    """
+    choices = [(None, *axes) for axes in free or [range(x.dim()) for x in example]]
+    found = []
+    for axes in itertools.product(*choices):
+        sizes = {x.shape[axis] for x, axis in zip(example, axes, strict=True) if axis is not None}
+        if len(sizes) == 1:
+            count = sum(axis is not None for axis in axes)
+            found.append((count if sizes != {1} else len(axes) - count, axes))
+    for _, axes in sorted(found, key=lambda entry: entry[0]):
+        run = _run(eager, _grow_all(example, axes))
         if run is not None:
             yield axes, run
+
+
+def _grow_all(example: tuple[Tensor, ...], axes: Axes) -> list[Tensor]:
+    return [x if axis is None else grow(x, axis, x.shape[axis] + 1) for x, axis in zip(example, axes, strict=True)]
+
+
+def _check_contexts(names: Sequence[str], time_axes: Axes, batch_axes: Axes | None) -> None:
+    """A context has a batch, as every input beside it."""
+    for i, name in enumerate(names):
+        if batch_axes is None or batch_axes[i] is None:
+            what = "neither time nor batch" if time_axes[i] is None else "no batch"
+            raise ExampleError(
+                f"{name!r} has {what} among its axes; write forward for [batch, time, …] inputs, and [batch, …] for "
+                "what holds for a whole session"
+            )
+
+
+def _find_sources(
+    eager: Eager, example: tuple[Tensor, ...], base: _Run, roles: Sequence[tuple[str, Axes]]
+) -> list[tuple[str, Axes]]:
+    """The axes of contexts in which sessions may differ: growing them leaves every recurrent call as it is."""
+    taken = [{axes[i] for _, axes in roles} for i in range(len(example))]
+    is_context = [axis is None for axis in dict(roles)[TIME]]
+    free = [
+        {axis for axis in range(x.dim()) if axis not in used and x.shape[axis] > 1} if context else set()
+        for x, used, context in zip(example, taken, is_context, strict=True)
+    ]
+    found: list[tuple[str, Axes]] = []
+    while axes := next((axes for axes, run in _grown(eager, example, free) if run.calls == base.calls), None):
+        found.append((SOURCE if not found else f"{SOURCE}_{len(found) + 1}", axes))
+        for unnamed, axis in zip(free, axes, strict=True):
+            unnamed.discard(-1 if axis is None else axis)
+    return found
 
 
 def _strayed(base: _Run, run: _Run, role: str) -> list[str]:
@@ -141,7 +196,8 @@ def _strayed(base: _Run, run: _Run, role: str) -> list[str]:
 def _lost(eager: Eager, example: tuple[Tensor, ...], base: _Run, names: Sequence[str]) -> Exception:
     """Why no axis is time: the recurrent call that does not follow the best candidate."""
     for axes, run in _grown(eager, example):
-        where = ", ".join(f"axis {axis} of {name!r}" for name, axis in zip(names, axes, strict=True))
+        pairs = zip(names, axes, strict=True)
+        where = ", ".join(f"axis {axis} of {name!r}" for name, axis in pairs if axis is not None)
         if len(run.calls) != len(base.calls):
             calls = sorted({call.name.partition(".call")[0] for call in run.calls})
             return ModelError(
@@ -155,25 +211,18 @@ def _lost(eager: Eager, example: tuple[Tensor, ...], base: _Run, names: Sequence
                 "only layers that take one step a frame can be exported"
             )
     return ExampleError(
-        f"no axis that all inputs ({', '.join(names)}) share is time: growing none by one gives {base.calls[0].name} "
-        "one more step and leaves its batch alone; name the axes with dims, and give every input a value for each frame"
+        f"no axis of the inputs ({', '.join(names)}) is time: growing none by one gives {base.calls[0].name} one more "
+        "step and leaves its batch alone; name the axes with dims, and give the inputs a value for each frame"
     )
 
 
 def _output_dims(
-    eager: Eager,
-    example: tuple[Tensor, ...],
-    base: _Run,
-    time_axes: tuple[int, ...],
-    batch_axes: tuple[int, ...] | None,
-    names: Sequence[str],
+    eager: Eager, example: tuple[Tensor, ...], base: _Run, roles: Sequence[tuple[str, Axes]], names: Sequence[str]
 ) -> dict[str, Dims]:
     named: list[dict[int, str]] = [{} for _ in base.outputs]
-    for role, axes in ((TIME, time_axes), (BATCH, batch_axes)):
-        if axes is None:
-            continue
-        grown = _run(eager, [grow(x, axis, x.shape[axis] + 1) for x, axis in zip(example, axes, strict=True)])
-        if grown is None or _strayed(base, grown, role):
+    for role, axes in roles:
+        grown = _run(eager, _grow_all(example, axes))
+        if grown is None or (role in (BATCH, TIME) and _strayed(base, grown, role)):
             where = "dims do" if grown is not None else f"{eager.name} cannot run with one more along {role}; dims may"
             raise ExampleError(f"{where} not name the axis that is {role} of every recurrent layer; correct them")
         for name, was, now, found in zip(names, base.outputs, grown.outputs, named, strict=True):
@@ -229,26 +278,38 @@ def _dims(x: Tensor, named: Mapping[int, str]) -> Dims:
 
 def _given(
     names: Sequence[str], example: tuple[Tensor, ...], dims: Mapping[str, Sequence[str]] | None
-) -> dict[str, tuple[int, ...] | None]:
+) -> dict[str, Axes | None]:
     """The axes that the caller names; empty where it names none."""
     if dims is None:
         return {}
     if set(dims) != set(names):
         raise ExampleError(f"dims names {sorted(dims)}, the inputs are {sorted(names)}; name the axes of each")
     for name, x in zip(names, example, strict=True):
-        wanted = [dim if dim in (BATCH, TIME) else str(size) for dim, size in zip(dims[name], x.shape, strict=False)]
-        if list(dims[name]) != wanted or len(dims[name]) != x.dim() or dims[name].count(TIME) != 1:
+        roles = [dim for dim in dims[name] if not dim.isdecimal()]
+        wanted = [str(size) if dim.isdecimal() else dim for dim, size in zip(dims[name], x.shape, strict=False)]
+        if list(dims[name]) != wanted or len(dims[name]) != x.dim() or len(set(roles)) != len(roles):
             raise ExampleError(
-                f"dims of {name!r} are {','.join(dims[name])} and its example is {list(x.shape)}; give {x.dim()} dims, "
-                "one of them time, and sizes as they are"
+                f"dims of {name!r} are {','.join(dims[name])} and its example is {list(x.shape)}; give {x.dim()} "
+                "dims, each role once, and sizes as they are"
             )
-    batched = {dims[name].count(BATCH) for name in names}
-    if len(batched) != 1 or batched.pop() > 1:
+    if not any(TIME in dims[name] for name in names):
+        raise ExampleError("dims name no axis that is time; name it in each input that has a value for each frame")
+    if len({BATCH in dims[name] for name in names}) != 1:
         raise ExampleError("dims name the batch axis of some inputs only; name one for each input, or for none")
     return {
-        TIME: tuple(list(dims[name]).index(TIME) for name in names),
-        BATCH: tuple(list(dims[name]).index(BATCH) for name in names) if BATCH in dims[names[0]] else None,
+        TIME: _axes(names, dims, TIME),
+        BATCH: _axes(names, dims, BATCH) if BATCH in dims[names[0]] else None,
     }
+
+
+def _given_sources(names: Sequence[str], dims: Mapping[str, Sequence[str]]) -> list[tuple[str, Axes]]:
+    """The named axes that are neither batch nor time."""
+    found = dict.fromkeys(dim for name in names for dim in dims[name] if dim not in (BATCH, TIME))
+    return [(dim, _axes(names, dims, dim)) for dim in found if not dim.isdecimal()]
+
+
+def _axes(names: Sequence[str], dims: Mapping[str, Sequence[str]], role: str) -> Axes:
+    return tuple(list(dims[name]).index(role) if role in dims[name] else None for name in names)
 
 
 def _input_names(eager: Eager, example: tuple[Tensor, ...], given: Sequence[str] | None) -> tuple[str, ...]:

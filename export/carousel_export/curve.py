@@ -35,7 +35,9 @@ def lookahead_curve(runtime: Runtime, signature: Signature, draw: Draw, *, ragge
     streams = draw.given or tuple(draw.stream(_FRAMES) for _ in range(_STREAMS))
 
     def answers(policy: Policy) -> Sequence[Answer]:
-        return replay(runtime, signature, [Stream(s.inputs) for s in streams], policy, ragged=ragged)
+        return replay(
+            runtime, signature, [Stream(s.inputs, contexts=s.contexts) for s in streams], policy, ragged=ragged
+        )
 
     offline = answers(Full())
     points = []

@@ -6,30 +6,48 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from carousel_export.axes import grow
 from carousel_export.errors import ExampleError
 from carousel_export.reference import Stream
 from carousel_export.signature import BATCH, TIME, Signature
+
+# Sizes of contexts: few, so that rows of one size meet in a batch.
+_SOURCES = (7, 1, 4)
 
 
 @dataclass
 class Draw:
     """Draws streams: floats normal with the example's spread, integers from the range the example has, all repeatable.
 
-    `samples` are the example's frames, one tensor `[time, …]` for each stream and input; `given`, the streams that the
-    caller wants tried as well.
+    `samples` are the example's rows, each a stream; `given`, the streams that the caller wants tried as well.
     """
 
     signature: Signature
-    samples: Sequence[Sequence[Tensor]]
+    samples: Sequence[Stream]
     given: Sequence[Stream] = ()
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(20))
 
     def stream(self, frames: int, *, initial: bool = False) -> Stream:
         """One stream of `frames`, with random cuts; `initial`: from a random state with values within (−1, 1)."""
         inputs = tuple(
-            self._frames(frames, [sample[i] for sample in self.samples]) for i in range(len(self.signature.inputs))
+            self._like([sample.inputs[i] for sample in self.samples], frames) for i in range(len(self.signature.inputs))
         )
-        return Stream(inputs, self.states() if initial else None, self.cuts(frames))
+        return Stream(inputs, self.states() if initial else None, self.cuts(frames), self.contexts())
+
+    def contexts(self) -> tuple[Tensor, ...]:
+        """Contexts of a size that many others have too. Whole numbers are those of one row, which belong together."""
+        if not self.signature.contexts:
+            return ()
+        sizes = {dim: _SOURCES[self.integer(0, len(_SOURCES))] for dim in self.signature.sources}
+        row = self.samples[self.integer(0, len(self.samples))]
+        drawn = []
+        for i, (port, known) in enumerate(zip(self.signature.contexts, row.contexts, strict=True)):
+            for axis, dim in enumerate(port.dims[1:]):
+                known = grow(known, axis, sizes.get(dim, known.shape[axis]))  # noqa: PLW2901 - axis after axis
+            if known.is_floating_point():
+                known = self._like([sample.contexts[i] for sample in self.samples], *known.shape)  # noqa: PLW2901
+            drawn.append(known)
+        return tuple(drawn)
 
     def states(self) -> tuple[Tensor, ...]:
         """A random state."""
@@ -47,9 +65,10 @@ class Draw:
         """From low to high, high excluded."""
         return int(torch.randint(low, high, (), generator=self.generator))
 
-    def _frames(self, frames: int, samples: Sequence[Tensor]) -> Tensor:
+    def _like(self, samples: Sequence[Tensor], *lead: int) -> Tensor:
+        """Of the samples' kind, with these sizes first."""
         flat = torch.cat([sample.flatten() for sample in samples])
-        shape = (frames, *samples[0].shape[1:])
+        shape = (*lead, *samples[0].shape[len(lead) :])
         if flat.is_floating_point():
             spread = flat.std(correction=0) if flat.std(correction=0) > 0 else torch.ones(())
             return torch.randn(shape, generator=self.generator) * spread
@@ -58,32 +77,46 @@ class Draw:
 
 
 def given_streams(signature: Signature, data: Sequence[Tensor | Sequence[Tensor]]) -> tuple[Stream, ...]:
-    """The caller's sequences, each one tensor `[time, …]` for each input. Raises `ExampleError` for another shape."""
+    """The caller's sequences, each a tensor for each argument of the model: `[time, …]`, or a context `[…]`.
+
+    Raises `ExampleError` for another shape.
+    """
+    ports = {port.name: port for port in (*signature.inputs, *signature.contexts)}
+    arguments = signature.arguments or tuple(ports)
     streams = []
     for i, item in enumerate(data):
-        inputs = (item,) if isinstance(item, Tensor) else tuple(item)
-        if len(inputs) != len(signature.inputs):
-            raise ExampleError(
-                f"data[{i}] has {len(inputs)} tensors; give one [time, …] for each of the model's inputs"
-            )
-        for port, x in zip(signature.inputs, inputs, strict=True):
-            wanted = [int(dim) for dim in port.dims[2:]]
-            if x.dtype != port.dtype or list(x.shape[1:]) != wanted or not x.numel():
+        tensors = (item,) if isinstance(item, Tensor) else tuple(item)
+        if len(tensors) != len(arguments):
+            raise ExampleError(f"data[{i}] has {len(tensors)} tensors; give one for each of {', '.join(arguments)}")
+        found = dict(zip(arguments, tensors, strict=True))
+        for name, x in found.items():
+            wanted = ports[name].dims[1:]
+            shape = [dim if not dim.isdecimal() else str(size) for dim, size in zip(wanted, x.shape, strict=False)]
+            if x.dtype != ports[name].dtype or x.dim() != len(wanted) or shape != list(wanted) or not x.numel():
                 raise ExampleError(
-                    f"data[{i}] gives {port.name!r} {x.dtype} {list(x.shape)}; give {port.dtype} [time, *{wanted}]"
+                    f"data[{i}] gives {name!r} {x.dtype} {list(x.shape)}; give {ports[name].dtype} "
+                    f"[{', '.join(wanted)}]"
                 )
+        inputs = tuple(found[port.name] for port in signature.inputs)
         if len({len(x) for x in inputs}) != 1:
             raise ExampleError(f"data[{i}] has inputs of different length; give each as many frames")
-        streams.append(Stream(inputs))
+        streams.append(Stream(inputs, contexts=tuple(found[port.name] for port in signature.contexts)))
     return tuple(streams)
 
 
-def example_samples(signature: Signature, example: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The example's rows as single sequences, `[time, …]` for each input."""
-    columns = []
-    for port, x in zip(signature.inputs, example, strict=True):
+def example_samples(signature: Signature, example: Sequence[Tensor]) -> list[Stream]:
+    """The example's rows as single sequences."""
+    columns = {}
+    for name, x in zip(signature.arguments, example, strict=True):
+        port = next(port for port in (*signature.inputs, *signature.contexts) if port.name == name)
         if BATCH in port.eager_dims:
-            columns.append(list(port.fetch(x).unbind(0)))
+            columns[name] = list(port.fetch(x).unbind(0))
         else:
-            columns.append([x.movedim(port.eager_dims.index(TIME), 0)])
-    return [list(row) for row in zip(*columns, strict=True)]
+            columns[name] = [x.movedim(port.eager_dims.index(TIME), 0)]
+    return [
+        Stream(
+            tuple(columns[port.name][row] for port in signature.inputs),
+            contexts=tuple(columns[port.name][row] for port in signature.contexts),
+        )
+        for row in range(len(columns[signature.arguments[0]]))
+    ]

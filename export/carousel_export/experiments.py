@@ -1,7 +1,7 @@
 """Which policies are right for a model, and whether its rows may have different lengths: found by running it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -149,16 +149,19 @@ def _is_ragged(reference: Reference, draw: Draw) -> bool:
     """Whether a row beside a longer one is answered as it is alone, once the recurrent layers know its length."""
     signature, eager = reference.signature, reference.eager
     lengths = (_FRAMES, 9)
-    streams = [draw.stream(length) for length in lengths]
+    # One context: rows whose contexts have different sizes never meet.
+    contexts = draw.contexts()
+    streams = [replace(draw.stream(length), contexts=contexts) for length in lengths]
     alone = [reference.run(stream, Full()).outputs for stream in streams]
     padding = draw.stream(_FRAMES)
     rows = [
-        [torch.cat([x, pad[len(x) :]]) for x, pad in zip(stream.inputs, padding.inputs, strict=True)]
+        (*(torch.cat([x, pad[len(x) :]]) for x, pad in zip(stream.inputs, padding.inputs, strict=True)), *contexts)
         for stream in streams
     ]
-    batches = [
-        port.feed(torch.stack(column)) for port, column in zip(signature.inputs, zip(*rows, strict=True), strict=True)
-    ]
+    ports = (*signature.inputs, *signature.contexts)
+    batches = signature.arrange(
+        {port.name: port.feed(torch.stack(column)) for port, column in zip(ports, zip(*rows, strict=True), strict=True)}
+    )
 
     def by_row(_call: str, module: nn.LSTM, x: Tensor) -> tuple[Tensor, States]:
         batch, time = (0, 1) if module.batch_first else (1, 0)

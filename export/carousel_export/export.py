@@ -50,10 +50,12 @@ def export(
 
     `model` is left as it is: a copy of it in evaluation mode, float32, on the CPU is exported. `example_inputs` is one
     tensor or one for each argument of `forward`, in the layout that the model takes; batch and time are found by
-    experiment, unless `dims` gives the axes, such as `{"x": ("batch", "time", "80")}`. `policy` is the bundle's
+    experiment, unless `dims` gives the axes, such as `{"x": ("batch", "time", "80")}`. An argument without time is a
+    context, given once a session and seen by every step; give it another size than time's where it has an axis of its
+    own, such as `{"memory": ("batch", "source", "64")}`. `policy` is the bundle's
     default: if absent, lookahead(8, 8) for a model with a backward direction and causal for any other. `labels` names
     the classes of an output's last dimension. `data` are sequences of the caller's, each one tensor `[time, …]` for
-    each input; the gate tries them beside drawn ones, and the look-ahead curve is theirs.
+    each argument, and `[…]` for a context; the gate tries them beside drawn ones, and the look-ahead curve is theirs.
 
     Raises `ExportError` (see `carousel_export.errors`), and `BundleError` for a name or version that cannot be written;
     then there is no bundle.
@@ -103,6 +105,8 @@ def parity(bundle: Bundle, model: nn.Module) -> dict[str, Any]:
             outputs=tuple(Port.from_message(port) for port in manifest.outputs),
             states=tuple(State.from_message(state) for state in manifest.states),
             bidirectional=any(layer.num_directions == 2 for layer in manifest.layers),
+            contexts=tuple(Port.from_message(port) for port in manifest.contexts),
+            arguments=tuple(manifest.arguments),
         )
         paths = {state.call.partition(".call")[0] for state in signature.states}
         if missing := paths - {call_name(path, module, 0) for path, module in eager.recurrent.items()}:
@@ -139,6 +143,8 @@ def _manifest(
     graphs += [(LOOKAHEAD, [m.kind]) for m in messages if m.kind == pb.POLICY_KIND_LOOKAHEAD]
     manifest = pb.Manifest(
         inputs=[port.message() for port in signature.inputs],
+        contexts=[port.message() for port in signature.contexts],
+        arguments=signature.arguments,
         outputs=[port.message() for port in signature.outputs],
         states=[state.message() for state in signature.states],
         lengths=LENGTHS,

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def _trials(draw: Draw, policies: Sequence[Policy]) -> list[Trial]:
         trials.append(Trial(f"one sequence of one frame, {start}", policy, (draw.stream(1, initial=state),)))
         trials.append(Trial(f"one long sequence, {start}", policy, (draw.stream(_LONG, initial=state),)))
         if draw.given:
-            cut = tuple(Stream(s.inputs, None, draw.cuts(s.frames)) for s in draw.given)
+            cut = tuple(replace(s, cuts=draw.cuts(s.frames)) for s in draw.given)
             trials.append(Trial("given data, random cuts, from zero", policy, cut))
     return trials
 

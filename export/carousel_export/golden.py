@@ -10,7 +10,7 @@ from torch import Tensor
 
 from carousel_export.draw import Draw
 from carousel_export.policies import Carry, Causal, Lookahead, Policy, to_json
-from carousel_export.reference import Reference
+from carousel_export.reference import Reference, Stream
 from carousel_export.signature import Signature
 
 GOLDEN = "golden.safetensors"
@@ -31,6 +31,8 @@ def write_golden(path: Path, reference: Reference, draw: Draw, policies: Sequenc
             at = f"{name}/{i}"
             for port, x in zip(signature.inputs, stream.inputs, strict=True):
                 tensors[f"{at}/in/{port.name}"] = x
+            for port, x in zip(signature.contexts, stream.contexts, strict=True):
+                tensors[f"{at}/context/{port.name}"] = x
             for state, value in zip(signature.states, stream.initial or (), strict=bool(stream.initial)):
                 tensors[f"{at}/initial/{state.input}"] = value
             for port, y in zip(signature.outputs, answer.outputs, strict=True):
@@ -39,12 +41,17 @@ def write_golden(path: Path, reference: Reference, draw: Draw, policies: Sequenc
     save_file(contiguous, path, metadata={"cases": json.dumps(cases)})
 
 
-def read_samples(path: Path, signature: Signature) -> list[list[Tensor]]:
-    """The golden inputs, as samples to draw more from."""
+def read_samples(path: Path, signature: Signature) -> list[Stream]:
+    """The golden streams, as samples to draw more from."""
     with safe_open(path, framework="pt") as file:
         cases = json.loads(file.metadata()["cases"])
         return [
-            [file.get_tensor(f"{case['name']}/{i}/in/{port.name}") for port in signature.inputs]
+            Stream(
+                tuple(file.get_tensor(f"{case['name']}/{i}/in/{port.name}") for port in signature.inputs),
+                contexts=tuple(
+                    file.get_tensor(f"{case['name']}/{i}/context/{port.name}") for port in signature.contexts
+                ),
+            )
             for case in cases
             for i in range(case["sequences"])
         ]

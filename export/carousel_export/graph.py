@@ -30,7 +30,7 @@ def write_graph(
     """
     lifted = lift(eager, signature, bind_onnx)
     dims = input_dims(signature, ahead=ahead)
-    named = {BATCH: Dim(BATCH), TIME: Dim(TIME), TIME_AHEAD: Dim(TIME_AHEAD)}
+    named = {name: Dim(name) for name in (BATCH, TIME, TIME_AHEAD, *signature.sources)}
     shapes = [{axis: named[dim] for axis, dim in enumerate(dims[name]) if dim in named} for name in dims]
     try:
         # torch prints the unfinished graph of an export that fails; its message says enough.
@@ -63,26 +63,32 @@ def input_dims(signature: Signature, *, ahead: bool) -> dict[str, Dims]:
         dims[port.name] = port.dims
         dims[port.name + AHEAD] = tuple(TIME_AHEAD if dim == TIME else dim for dim in port.dims)
     dims |= {LENGTHS: (BATCH,), LENGTHS + AHEAD: (BATCH,)}
+    dims |= {port.name: port.dims for port in signature.contexts}
     dims |= {state.input: (BATCH, str(state.rows), str(state.size)) for state in signature.states}
     return {name: dims[name] for name in signature.input_names(ahead=ahead)}
 
 
 def trace_inputs(signature: Signature, example: Sequence[Tensor], *, ahead: bool) -> list[Tensor]:
     """The example at sizes from 3 on, unlike any other of the model's, so that no axis is taken for another."""
-    taken = {int(dim) for port in (*signature.inputs, *signature.outputs) for dim in port.dims if dim.isdecimal()}
+    ports = (*signature.inputs, *signature.contexts)
+    taken = {int(dim) for port in (*ports, *signature.outputs) for dim in port.dims if dim.isdecimal()}
     taken |= {size for state in signature.states for size in (state.rows, state.size)}
-    free = [size for size in range(3, 10 + len(taken)) if size not in taken]
-    sizes = {BATCH: free[0], TIME_AHEAD: free[1], TIME: free[2]}
+    names = (BATCH, TIME_AHEAD, TIME, *signature.sources)
+    free = [size for size in range(3, 10 + len(taken) + len(names)) if size not in taken]
+    sizes = dict(zip(names, free, strict=False))
     tensors = {}
-    for port, x in zip(signature.inputs, example, strict=True):
-        for name, time in ((port.name, TIME), (port.name + AHEAD, TIME_AHEAD)):
-            grown = grow(x, port.eager_dims.index(TIME), sizes[time])
+    for name, x in zip(signature.arguments, example, strict=True):
+        port = next(port for port in ports if port.name == name)
+        for suffix in ("", AHEAD) if port.timed else ("",):
+            grown = x
+            for axis, dim in enumerate(port.eager_dims):
+                if dim in sizes:
+                    grown = grow(grown, axis, sizes[TIME_AHEAD if (dim, suffix) == (TIME, AHEAD) else dim])
             if BATCH in port.eager_dims:
-                grown = grow(grown, port.eager_dims.index(BATCH), sizes[BATCH])
-                tensors[name] = port.fetch(grown)
+                tensors[name + suffix] = port.fetch(grown)
             else:
                 rest = grown.movedim(port.eager_dims.index(TIME), 0)
-                tensors[name] = torch.stack([rest] * sizes[BATCH])
+                tensors[name + suffix] = torch.stack([rest] * sizes[BATCH])
     for name, time in ((LENGTHS, TIME), (LENGTHS + AHEAD, TIME_AHEAD)):
         tensors[name] = torch.arange(sizes[BATCH], dtype=torch.int32).clamp(max=sizes[time] - 1) + 1
     for state in signature.states:

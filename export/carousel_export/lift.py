@@ -113,27 +113,31 @@ class LiftedModel(nn.Module):
         self.signature = signature
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        inputs = len(self.signature.inputs)
-        frame = Frame(lengths=tensors[inputs], states=self._states(tensors[inputs + 1 :]))
-        return self._run(tensors[:inputs], frame)
+        given = iter(tensors)
+        inputs = [next(given) for _ in self.signature.inputs]
+        lengths = next(given)
+        contexts = [next(given) for _ in self.signature.contexts]
+        return self._run(inputs, contexts, Frame(lengths=lengths, states=self._states(list(given))))
 
     def lookahead(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        inputs = 2 * len(self.signature.inputs)
-        blocks, aheads = tensors[:inputs:2], tensors[1:inputs:2]
+        given = iter(tensors)
+        pairs = [(next(given), next(given)) for _ in self.signature.inputs]
+        lengths, lengths_ahead = next(given), next(given)
+        contexts = [next(given) for _ in self.signature.contexts]
         frame = Frame(
-            lengths=tensors[inputs],
-            states=self._states(tensors[inputs + 2 :]),
-            split=blocks[0].shape[1],
-            lengths_ahead=tensors[inputs + 1],
+            lengths=lengths,
+            states=self._states(list(given)),
+            split=pairs[0][0].shape[1],
+            lengths_ahead=lengths_ahead,
         )
-        joined = [torch.cat(pair, dim=1) for pair in zip(blocks, aheads, strict=True)]
-        return self._run(joined, frame)
+        return self._run([torch.cat(pair, dim=1) for pair in pairs], contexts, frame)
 
-    def _run(self, inputs: Sequence[Tensor], frame: Frame) -> tuple[Tensor, ...]:
+    def _run(self, inputs: Sequence[Tensor], contexts: Sequence[Tensor], frame: Frame) -> tuple[Tensor, ...]:
         signature = self.signature
         self.slot.frame = frame
         try:
-            fed = [port.feed(x) for port, x in zip(signature.inputs, inputs, strict=True)]
+            ports = zip((*signature.inputs, *signature.contexts), (*inputs, *contexts), strict=True)
+            fed = signature.arrange({port.name: port.feed(x) for port, x in ports})
             outputs = pytree.tree_leaves(self.model(*fed))
         finally:
             self.slot.frame = None

@@ -22,11 +22,13 @@ class Stream:
     """One stream of frames: a tensor `[time, …]` for each input, the state it starts from, and the client's cuts.
 
     `initial` has a tensor `[layers × directions, size]` for each state, in the signature's order; None: zero.
+    `contexts` has a tensor `[…]` for each context.
     """
 
     inputs: tuple[Tensor, ...]
     initial: tuple[Tensor, ...] | None = None
     cuts: tuple[int, ...] = ()
+    contexts: tuple[Tensor, ...] = ()
 
     @property
     def frames(self) -> int:
@@ -65,9 +67,10 @@ class Reference:
         parts: list[list[Tensor]] = []
         for piece in pieces:
             end = piece.start + piece.block + piece.ahead
-            inputs = [
-                port.give(x[piece.start : end]) for port, x in zip(self.signature.inputs, sequence.inputs, strict=True)
-            ]
+            pairs = zip(self.signature.inputs, sequence.inputs, strict=True)
+            given = {port.name: port.give(x[piece.start : end]) for port, x in pairs}
+            pairs = zip(self.signature.contexts, sequence.contexts, strict=True)
+            given |= {port.name: port.give(x) for port, x in pairs}
 
             def answer(call: str, module: nn.LSTM, x: Tensor, piece: Piece = piece) -> tuple[Tensor, States]:
                 unbatched = x.dim() == 2
@@ -79,7 +82,7 @@ class Reference:
                 memory[call] = tuple(s.unsqueeze(1) if unbatched else s for s in ended)
                 return y, ended
 
-            outputs = self.eager.run(inputs, answer)
+            outputs = self.eager.run(self.signature.arrange(given), answer)
             parts.append([self._cut(port, y, piece) for port, y in zip(self.signature.outputs, outputs, strict=True)])
         joined = tuple(
             torch.cat(column) if port.timed else column[-1]

@@ -30,13 +30,17 @@ class _Row:
 def replay(
     runtime: Runtime, signature: Signature, streams: Sequence[Stream], policy: Policy, *, ragged: bool = True
 ) -> list[Answer]:
-    """Each stream's answer. Row i starts i mod 3 steps late; without `ragged`, rows of equal length share a batch."""
+    """Each stream's answer. Row i starts i mod 3 steps late; without `ragged`, rows of equal length share a batch.
+
+    Rows whose contexts have one shape share a batch.
+    """
     rows = [_Row(stream, policy, signature, i % 3) for i, stream in enumerate(streams)]
     for step in range(max(row.start + len(row.pieces) for row in rows)):
         ready = [(row, piece) for row in rows if (piece := row.piece(step))]
-        groups: dict[tuple[int, int], list[tuple[_Row, Piece]]] = {}
+        groups: dict[object, list[tuple[_Row, Piece]]] = {}
         for row, piece in ready:
-            groups.setdefault((0, 0) if ragged else (piece.block, piece.ahead), []).append((row, piece))
+            shapes = [tuple(context.shape) for context in row.stream.contexts]
+            groups.setdefault((*shapes, *(() if ragged else (piece.block, piece.ahead))), []).append((row, piece))
         for group in groups.values():
             _step(runtime, signature, group, ahead=isinstance(policy, Lookahead))
     return [
@@ -61,6 +65,7 @@ def _step(runtime: Runtime, signature: Signature, group: Sequence[tuple[_Row, Pi
     tensors.append(torch.tensor([piece.block for _, piece in group], dtype=torch.int32))
     if ahead:
         tensors.append(torch.tensor([piece.ahead for _, piece in group], dtype=torch.int32))
+    tensors += [torch.stack(column) for column in zip(*(row.stream.contexts for row, _ in group), strict=True)]
     tensors += [torch.stack(column) for column in zip(*(row.states for row, _ in group), strict=True)]
     results = runtime.run(tensors, ahead=ahead)
     outputs, states = results[: len(signature.outputs)], results[len(signature.outputs) :]

@@ -1,5 +1,6 @@
 """What a model takes, returns and remembers, with every axis named."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ from carousel_export.errors import ExportError
 from carousel_protos.v1 import manifest_pb2 as pb
 
 BATCH, TIME, TIME_AHEAD = "batch", "time", "time_ahead"
+# The first dimension of a context in which sessions may differ; the next is source_2.
+SOURCE = "source"
 LENGTHS = "lengths"
 AHEAD = "_ahead"
 
@@ -131,17 +134,23 @@ class State:
 
 @dataclass(frozen=True)
 class Signature:
-    """The model from outside; states are in the order in which the model makes its recurrent calls."""
+    """The model from outside; states are in the order in which the model makes its recurrent calls.
+
+    `inputs` have a value for each frame. `contexts` have one for the whole session, which every step sees. `arguments`
+    are the names of both in the order of the model's `forward`; empty: inputs, then contexts.
+    """
 
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     states: tuple[State, ...]
     # Whether any layer has a backward direction.
     bidirectional: bool
+    contexts: tuple[Port, ...] = ()
+    arguments: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = [*(port.name for port in self.inputs), *(port.name + AHEAD for port in self.inputs)]
-        names += [LENGTHS, LENGTHS + AHEAD, *(port.name for port in self.outputs)]
+        names += [LENGTHS, LENGTHS + AHEAD, *(port.name for port in (*self.contexts, *self.outputs))]
         names += [name for state in self.states for name in (state.input, state.output)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ExportError(
@@ -153,11 +162,22 @@ class Signature:
         """The outputs that have one value a sequence."""
         return tuple(port for port in self.outputs if not port.timed)
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The named dimensions of the contexts, in which sessions may differ."""
+        named = [dim for port in self.contexts for dim in port.dims if dim != BATCH and not dim.isdecimal()]
+        return tuple(dict.fromkeys(named))
+
+    def arrange(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """Tensors by name in the order of the model's arguments."""
+        return [tensors[name] for name in self.arguments or [p.name for p in (*self.inputs, *self.contexts)]]
+
     def input_names(self, *, ahead: bool) -> list[str]:
         """The graph's inputs in order; `ahead`: those of the lookahead graph."""
         suffixes = ("", AHEAD) if ahead else ("",)
         ports = [port.name + suffix for port in self.inputs for suffix in suffixes]
-        return [*ports, *(LENGTHS + suffix for suffix in suffixes), *(state.input for state in self.states)]
+        lengths = [LENGTHS + suffix for suffix in suffixes]
+        return [*ports, *lengths, *(port.name for port in self.contexts), *(state.input for state in self.states)]
 
     def output_names(self) -> list[str]:
         """The graph's outputs in order."""
