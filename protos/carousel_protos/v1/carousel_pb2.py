@@ -26,15 +26,15 @@ from carousel_protos.v1 import manifest_pb2 as carousel_dot_v1_dot_manifest__pb2
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63\x61rousel/v1/carousel.proto\x12\x0b\x63\x61rousel.v1\x1a\x1a\x63\x61rousel/v1/manifest.proto\x1a\x17google/rpc/status.proto\"Y\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x05\x64type\x18\x02 \x01(\x0e\x32\x15.carousel.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"8\n\rStreamRequest\x12\'\n\x05items\x18\x01 \x03(\x0b\x32\x18.carousel.v1.RequestItem\"\x82\x01\n\x0bRequestItem\x12!\n\x04open\x18\x01 \x01(\x0b\x32\x11.carousel.v1.OpenH\x00\x12#\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.carousel.v1.ChunkH\x00\x12#\n\x05\x63lose\x18\x03 \x01(\x0b\x32\x12.carousel.v1.CloseH\x00\x42\x06\n\x04item\"\xc1\x01\n\x04Open\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12#\n\x06policy\x18\x04 \x01(\x0b\x32\x13.carousel.v1.Policy\x12\x0e\n\x06resume\x18\x05 \x01(\x08\x12*\n\rinitial_state\x18\x06 \x03(\x0b\x32\x13.carousel.v1.Tensor\x12$\n\x07\x63ontext\x18\x07 \x03(\x0b\x32\x13.carousel.v1.Tensor\"]\n\x05\x43hunk\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x04\x12$\n\x07tensors\x18\x03 \x03(\x0b\x32\x13.carousel.v1.Tensor\x12\x0b\n\x03\x65nd\x18\x04 \x01(\x08\"\x1b\n\x05\x43lose\x12\x12\n\nsession_id\x18\x01 \x01(\t\":\n\x0eStreamResponse\x12(\n\x05items\x18\x01 \x03(\x0b\x32\x19.carousel.v1.ResponseItem\"\xe0\x01\n\x0cResponseItem\x12%\n\x06opened\x18\x01 \x01(\x0b\x32\x13.carousel.v1.OpenedH\x00\x12%\n\x06result\x18\x02 \x01(\x0b\x32\x13.carousel.v1.ResultH\x00\x12%\n\x06\x63losed\x18\x03 \x01(\x0b\x32\x13.carousel.v1.ClosedH\x00\x12%\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x13.carousel.v1.FailedH\x00\x12,\n\ngoing_away\x18\x05 \x01(\x0b\x32\x16.carousel.v1.GoingAwayH\x00\x42\x06\n\x04item\"u\n\x06Opened\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\nnext_index\x18\x03 \x01(\x04\x12#\n\x06policy\x18\x04 \x01(\x0b\x32\x13.carousel.v1.Policy\x12\x0f\n\x07version\x18\x05 \x01(\t\"v\n\x06Result\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x04\x12\x13\n\x0b\x66irst_frame\x18\x03 \x01(\x04\x12\x0e\n\x06\x66rames\x18\x04 \x01(\x04\x12$\n\x07tensors\x18\x05 \x03(\x0b\x32\x13.carousel.v1.Tensor\"\x1c\n\x06\x43losed\x12\x12\n\nsession_id\x18\x01 \x01(\t\"^\n\x06\x46\x61iled\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\"\n\x06status\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status\x12\x12\n\x05index\x18\x03 \x01(\x04H\x00\x88\x01\x01\x42\x08\n\x06_index\"%\n\tGoingAway\x12\x18\n\x10\x64\x65\x61\x64line_unix_ms\x18\x01 \x01(\x03\"e\n\x0cInferRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12$\n\x07tensors\x18\x03 \x03(\x0b\x32\x13.carousel.v1.Tensor\x12\x0f\n\x07lengths\x18\x04 \x03(\x05\"F\n\rInferResponse\x12$\n\x07tensors\x18\x01 \x03(\x0b\x32\x13.carousel.v1.Tensor\x12\x0f\n\x07version\x18\x02 \x01(\t\"\x13\n\x11ListModelsRequest\">\n\x12ListModelsResponse\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x18.carousel.v1.ModelStatus\"d\n\x0bModelStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.carousel.v1.ModelState\x12\x0e\n\x06reason\x18\x04 \x01(\t\"1\n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"\x92\x01\n\x10GetModelResponse\x12(\n\x06status\x18\x01 \x01(\x0b\x32\x18.carousel.v1.ModelStatus\x12\'\n\x08manifest\x18\x02 \x01(\x0b\x32\x15.carousel.v1.Manifest\x12+\n\nstatistics\x18\x03 \x01(\x0b\x32\x17.carousel.v1.Statistics\"\x8e\x01\n\nStatistics\x12\r\n\x05steps\x18\x01 \x01(\x04\x12\x0c\n\x04rows\x18\x02 \x01(\x04\x12\x0e\n\x06\x66rames\x18\x03 \x01(\x04\x12\x15\n\rpadded_frames\x18\x04 \x01(\x04\x12\x15\n\ropen_sessions\x18\x05 \x01(\x04\x12\x13\n\x0brun_seconds\x18\x06 \x01(\x01\x12\x10\n\x08max_rows\x18\x07 \x01(\x04\"2\n\x10LoadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"=\n\x11LoadModelResponse\x12(\n\x06status\x18\x01 \x01(\x0b\x32\x18.carousel.v1.ModelStatus\"4\n\x12UnloadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"?\n\x13UnloadModelResponse\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x18.carousel.v1.ModelStatus*\x8e\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15MODEL_STATE_AVAILABLE\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x17\n\x13MODEL_STATE_SERVING\x10\x03\x12\x16\n\x12MODEL_STATE_FAILED\x10\x04\x32\xc7\x03\n\x08\x43\x61rousel\x12\x45\n\x06Stream\x12\x1a.carousel.v1.StreamRequest\x1a\x1b.carousel.v1.StreamResponse(\x01\x30\x01\x12>\n\x05Infer\x12\x19.carousel.v1.InferRequest\x1a\x1a.carousel.v1.InferResponse\x12M\n\nListModels\x12\x1e.carousel.v1.ListModelsRequest\x1a\x1f.carousel.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.carousel.v1.GetModelRequest\x1a\x1d.carousel.v1.GetModelResponse\x12J\n\tLoadModel\x12\x1d.carousel.v1.LoadModelRequest\x1a\x1e.carousel.v1.LoadModelResponse\x12P\n\x0bUnloadModel\x12\x1f.carousel.v1.UnloadModelRequest\x1a .carousel.v1.UnloadModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63\x61rousel/v1/carousel.proto\x12\x0b\x63\x61rousel.v1\x1a\x1a\x63\x61rousel/v1/manifest.proto\x1a\x17google/rpc/status.proto\"Y\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x05\x64type\x18\x02 \x01(\x0e\x32\x15.carousel.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"8\n\rStreamRequest\x12\'\n\x05items\x18\x01 \x03(\x0b\x32\x18.carousel.v1.RequestItem\"\x82\x01\n\x0bRequestItem\x12!\n\x04open\x18\x01 \x01(\x0b\x32\x11.carousel.v1.OpenH\x00\x12#\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.carousel.v1.ChunkH\x00\x12#\n\x05\x63lose\x18\x03 \x01(\x0b\x32\x12.carousel.v1.CloseH\x00\x42\x06\n\x04item\"\xd2\x01\n\x04Open\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12#\n\x06policy\x18\x04 \x01(\x0b\x32\x13.carousel.v1.Policy\x12\x0e\n\x06resume\x18\x05 \x01(\x08\x12*\n\rinitial_state\x18\x06 \x03(\x0b\x32\x13.carousel.v1.Tensor\x12$\n\x07\x63ontext\x18\x07 \x03(\x0b\x32\x13.carousel.v1.Tensor\x12\x0f\n\x07variant\x18\x08 \x01(\t\"]\n\x05\x43hunk\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x04\x12$\n\x07tensors\x18\x03 \x03(\x0b\x32\x13.carousel.v1.Tensor\x12\x0b\n\x03\x65nd\x18\x04 \x01(\x08\"\x1b\n\x05\x43lose\x12\x12\n\nsession_id\x18\x01 \x01(\t\":\n\x0eStreamResponse\x12(\n\x05items\x18\x01 \x03(\x0b\x32\x19.carousel.v1.ResponseItem\"\xe0\x01\n\x0cResponseItem\x12%\n\x06opened\x18\x01 \x01(\x0b\x32\x13.carousel.v1.OpenedH\x00\x12%\n\x06result\x18\x02 \x01(\x0b\x32\x13.carousel.v1.ResultH\x00\x12%\n\x06\x63losed\x18\x03 \x01(\x0b\x32\x13.carousel.v1.ClosedH\x00\x12%\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x13.carousel.v1.FailedH\x00\x12,\n\ngoing_away\x18\x05 \x01(\x0b\x32\x16.carousel.v1.GoingAwayH\x00\x42\x06\n\x04item\"\x86\x01\n\x06Opened\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\nnext_index\x18\x03 \x01(\x04\x12#\n\x06policy\x18\x04 \x01(\x0b\x32\x13.carousel.v1.Policy\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x0f\n\x07variant\x18\x06 \x01(\t\"v\n\x06Result\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x04\x12\x13\n\x0b\x66irst_frame\x18\x03 \x01(\x04\x12\x0e\n\x06\x66rames\x18\x04 \x01(\x04\x12$\n\x07tensors\x18\x05 \x03(\x0b\x32\x13.carousel.v1.Tensor\"\x1c\n\x06\x43losed\x12\x12\n\nsession_id\x18\x01 \x01(\t\"^\n\x06\x46\x61iled\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\"\n\x06status\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status\x12\x12\n\x05index\x18\x03 \x01(\x04H\x00\x88\x01\x01\x42\x08\n\x06_index\"%\n\tGoingAway\x12\x18\n\x10\x64\x65\x61\x64line_unix_ms\x18\x01 \x01(\x03\"v\n\x0cInferRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12$\n\x07tensors\x18\x03 \x03(\x0b\x32\x13.carousel.v1.Tensor\x12\x0f\n\x07lengths\x18\x04 \x03(\x05\x12\x0f\n\x07variant\x18\x05 \x01(\t\"F\n\rInferResponse\x12$\n\x07tensors\x18\x01 \x03(\x0b\x32\x13.carousel.v1.Tensor\x12\x0f\n\x07version\x18\x02 \x01(\t\"\x13\n\x11ListModelsRequest\">\n\x12ListModelsResponse\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x18.carousel.v1.ModelStatus\"d\n\x0bModelStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.carousel.v1.ModelState\x12\x0e\n\x06reason\x18\x04 \x01(\t\"1\n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"\x92\x01\n\x10GetModelResponse\x12(\n\x06status\x18\x01 \x01(\x0b\x32\x18.carousel.v1.ModelStatus\x12\'\n\x08manifest\x18\x02 \x01(\x0b\x32\x15.carousel.v1.Manifest\x12+\n\nstatistics\x18\x03 \x01(\x0b\x32\x17.carousel.v1.Statistics\"\x8e\x01\n\nStatistics\x12\r\n\x05steps\x18\x01 \x01(\x04\x12\x0c\n\x04rows\x18\x02 \x01(\x04\x12\x0e\n\x06\x66rames\x18\x03 \x01(\x04\x12\x15\n\rpadded_frames\x18\x04 \x01(\x04\x12\x15\n\ropen_sessions\x18\x05 \x01(\x04\x12\x13\n\x0brun_seconds\x18\x06 \x01(\x01\x12\x10\n\x08max_rows\x18\x07 \x01(\x04\"2\n\x10LoadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"=\n\x11LoadModelResponse\x12(\n\x06status\x18\x01 \x01(\x0b\x32\x18.carousel.v1.ModelStatus\"4\n\x12UnloadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"?\n\x13UnloadModelResponse\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x18.carousel.v1.ModelStatus*\x8e\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15MODEL_STATE_AVAILABLE\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x17\n\x13MODEL_STATE_SERVING\x10\x03\x12\x16\n\x12MODEL_STATE_FAILED\x10\x04\x32\xc7\x03\n\x08\x43\x61rousel\x12\x45\n\x06Stream\x12\x1a.carousel.v1.StreamRequest\x1a\x1b.carousel.v1.StreamResponse(\x01\x30\x01\x12>\n\x05Infer\x12\x19.carousel.v1.InferRequest\x1a\x1a.carousel.v1.InferResponse\x12M\n\nListModels\x12\x1e.carousel.v1.ListModelsRequest\x1a\x1f.carousel.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.carousel.v1.GetModelRequest\x1a\x1d.carousel.v1.GetModelResponse\x12J\n\tLoadModel\x12\x1d.carousel.v1.LoadModelRequest\x1a\x1e.carousel.v1.LoadModelResponse\x12P\n\x0bUnloadModel\x12\x1f.carousel.v1.UnloadModelRequest\x1a .carousel.v1.UnloadModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'carousel.v1.carousel_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODELSTATE']._serialized_start=2331
-  _globals['_MODELSTATE']._serialized_end=2473
+  _globals['_MODELSTATE']._serialized_start=2383
+  _globals['_MODELSTATE']._serialized_end=2525
   _globals['_TENSOR']._serialized_start=96
   _globals['_TENSOR']._serialized_end=185
   _globals['_STREAMREQUEST']._serialized_start=187
@@ -42,49 +42,49 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REQUESTITEM']._serialized_start=246
   _globals['_REQUESTITEM']._serialized_end=376
   _globals['_OPEN']._serialized_start=379
-  _globals['_OPEN']._serialized_end=572
-  _globals['_CHUNK']._serialized_start=574
-  _globals['_CHUNK']._serialized_end=667
-  _globals['_CLOSE']._serialized_start=669
-  _globals['_CLOSE']._serialized_end=696
-  _globals['_STREAMRESPONSE']._serialized_start=698
-  _globals['_STREAMRESPONSE']._serialized_end=756
-  _globals['_RESPONSEITEM']._serialized_start=759
-  _globals['_RESPONSEITEM']._serialized_end=983
-  _globals['_OPENED']._serialized_start=985
-  _globals['_OPENED']._serialized_end=1102
-  _globals['_RESULT']._serialized_start=1104
-  _globals['_RESULT']._serialized_end=1222
-  _globals['_CLOSED']._serialized_start=1224
-  _globals['_CLOSED']._serialized_end=1252
-  _globals['_FAILED']._serialized_start=1254
-  _globals['_FAILED']._serialized_end=1348
-  _globals['_GOINGAWAY']._serialized_start=1350
-  _globals['_GOINGAWAY']._serialized_end=1387
-  _globals['_INFERREQUEST']._serialized_start=1389
-  _globals['_INFERREQUEST']._serialized_end=1490
-  _globals['_INFERRESPONSE']._serialized_start=1492
-  _globals['_INFERRESPONSE']._serialized_end=1562
-  _globals['_LISTMODELSREQUEST']._serialized_start=1564
-  _globals['_LISTMODELSREQUEST']._serialized_end=1583
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1585
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1647
-  _globals['_MODELSTATUS']._serialized_start=1649
-  _globals['_MODELSTATUS']._serialized_end=1749
-  _globals['_GETMODELREQUEST']._serialized_start=1751
-  _globals['_GETMODELREQUEST']._serialized_end=1800
-  _globals['_GETMODELRESPONSE']._serialized_start=1803
-  _globals['_GETMODELRESPONSE']._serialized_end=1949
-  _globals['_STATISTICS']._serialized_start=1952
-  _globals['_STATISTICS']._serialized_end=2094
-  _globals['_LOADMODELREQUEST']._serialized_start=2096
-  _globals['_LOADMODELREQUEST']._serialized_end=2146
-  _globals['_LOADMODELRESPONSE']._serialized_start=2148
-  _globals['_LOADMODELRESPONSE']._serialized_end=2209
-  _globals['_UNLOADMODELREQUEST']._serialized_start=2211
-  _globals['_UNLOADMODELREQUEST']._serialized_end=2263
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=2265
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=2328
-  _globals['_CAROUSEL']._serialized_start=2476
-  _globals['_CAROUSEL']._serialized_end=2931
+  _globals['_OPEN']._serialized_end=589
+  _globals['_CHUNK']._serialized_start=591
+  _globals['_CHUNK']._serialized_end=684
+  _globals['_CLOSE']._serialized_start=686
+  _globals['_CLOSE']._serialized_end=713
+  _globals['_STREAMRESPONSE']._serialized_start=715
+  _globals['_STREAMRESPONSE']._serialized_end=773
+  _globals['_RESPONSEITEM']._serialized_start=776
+  _globals['_RESPONSEITEM']._serialized_end=1000
+  _globals['_OPENED']._serialized_start=1003
+  _globals['_OPENED']._serialized_end=1137
+  _globals['_RESULT']._serialized_start=1139
+  _globals['_RESULT']._serialized_end=1257
+  _globals['_CLOSED']._serialized_start=1259
+  _globals['_CLOSED']._serialized_end=1287
+  _globals['_FAILED']._serialized_start=1289
+  _globals['_FAILED']._serialized_end=1383
+  _globals['_GOINGAWAY']._serialized_start=1385
+  _globals['_GOINGAWAY']._serialized_end=1422
+  _globals['_INFERREQUEST']._serialized_start=1424
+  _globals['_INFERREQUEST']._serialized_end=1542
+  _globals['_INFERRESPONSE']._serialized_start=1544
+  _globals['_INFERRESPONSE']._serialized_end=1614
+  _globals['_LISTMODELSREQUEST']._serialized_start=1616
+  _globals['_LISTMODELSREQUEST']._serialized_end=1635
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1637
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1699
+  _globals['_MODELSTATUS']._serialized_start=1701
+  _globals['_MODELSTATUS']._serialized_end=1801
+  _globals['_GETMODELREQUEST']._serialized_start=1803
+  _globals['_GETMODELREQUEST']._serialized_end=1852
+  _globals['_GETMODELRESPONSE']._serialized_start=1855
+  _globals['_GETMODELRESPONSE']._serialized_end=2001
+  _globals['_STATISTICS']._serialized_start=2004
+  _globals['_STATISTICS']._serialized_end=2146
+  _globals['_LOADMODELREQUEST']._serialized_start=2148
+  _globals['_LOADMODELREQUEST']._serialized_end=2198
+  _globals['_LOADMODELRESPONSE']._serialized_start=2200
+  _globals['_LOADMODELRESPONSE']._serialized_end=2261
+  _globals['_UNLOADMODELREQUEST']._serialized_start=2263
+  _globals['_UNLOADMODELREQUEST']._serialized_end=2315
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=2317
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=2380
+  _globals['_CAROUSEL']._serialized_start=2528
+  _globals['_CAROUSEL']._serialized_end=2983
 # @@protoc_insertion_point(module_scope)

@@ -137,6 +137,7 @@ class Open(_message.Message):
     RESUME_FIELD_NUMBER: _builtins.int
     INITIAL_STATE_FIELD_NUMBER: _builtins.int
     CONTEXT_FIELD_NUMBER: _builtins.int
+    VARIANT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Empty: the server assigns one. A client that assigns its own may send chunks before Opened arrives."""
     model: _builtins.str
@@ -144,6 +145,8 @@ class Open(_message.Message):
     """Empty: the newest that is served."""
     resume: _builtins.bool
     """Take up a session that is already there, from the stream that holds it if one does."""
+    variant: _builtins.str
+    """Of the bundle's graphs: "float32", "float16", "int8". Empty: the server's choice."""
     @_builtins.property
     def policy(self) -> _manifest_pb2.Policy:
         """Absent: the bundle's default. A lookahead policy with block 0 takes the bundle's block and ahead."""
@@ -166,10 +169,11 @@ class Open(_message.Message):
         resume: _builtins.bool = ...,
         initial_state: _abc.Iterable[Global___Tensor] | None = ...,
         context: _abc.Iterable[Global___Tensor] | None = ...,
+        variant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "initial_state", b"initial_state", "model", b"model", "policy", b"policy", "resume", b"resume", "session_id", b"session_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "initial_state", b"initial_state", "model", b"model", "policy", b"policy", "resume", b"resume", "session_id", b"session_id", "variant", b"variant", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -296,12 +300,15 @@ class Opened(_message.Message):
     NEXT_INDEX_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    VARIANT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     epoch: _builtins.int
     next_index: _builtins.int
     """The index that the session expects next: 0 for a new one."""
     version: _builtins.str
     """The version that serves this session."""
+    variant: _builtins.str
+    """The variant that it runs on."""
     @_builtins.property
     def policy(self) -> _manifest_pb2.Policy: ...
     def __init__(
@@ -312,10 +319,11 @@ class Opened(_message.Message):
         next_index: _builtins.int = ...,
         policy: _manifest_pb2.Policy | None = ...,
         version: _builtins.str = ...,
+        variant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "next_index", b"next_index", "policy", b"policy", "session_id", b"session_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "next_index", b"next_index", "policy", b"policy", "session_id", b"session_id", "variant", b"variant", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -439,8 +447,11 @@ class InferRequest(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     TENSORS_FIELD_NUMBER: _builtins.int
     LENGTHS_FIELD_NUMBER: _builtins.int
+    VARIANT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     version: _builtins.str
+    variant: _builtins.str
+    """As in Open."""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]:
         """One for each input, [batch, time, …], and one for each context, [batch, …]."""
@@ -456,10 +467,11 @@ class InferRequest(_message.Message):
         version: _builtins.str = ...,
         tensors: _abc.Iterable[Global___Tensor] | None = ...,
         lengths: _abc.Iterable[_builtins.int] | None = ...,
+        variant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lengths", b"lengths", "model", b"model", "tensors", b"tensors", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lengths", b"lengths", "model", b"model", "tensors", b"tensors", "variant", b"variant", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -418,8 +418,9 @@ Global___Policy: _TypeAlias = Policy  # noqa: Y015
 
 @_typing.final
 class Graph(_message.Message):
-    """One ONNX file and the policies it computes. The lookahead graph takes, after each input with a time axis NAME, its
-    frames ahead as NAME_ahead, and after the lengths their lengths as LENGTHS_ahead; its outputs cover the block alone.
+    """One file and the policies it computes: an ONNX file, or the TorchScript file itself in a bundle that has no ONNX. The
+    lookahead graph takes, after each input with a time axis NAME, its frames ahead as NAME_ahead, and after the lengths
+    their lengths as LENGTHS_ahead; its outputs cover the block alone.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -427,21 +428,27 @@ class Graph(_message.Message):
     FILE_FIELD_NUMBER: _builtins.int
     POLICIES_FIELD_NUMBER: _builtins.int
     VARIANT_FIELD_NUMBER: _builtins.int
+    TOLERANCE_FIELD_NUMBER: _builtins.int
     file: _builtins.str
     variant: _builtins.str
     """"float32", "float16", "int8"."""
     @_builtins.property
     def policies(self) -> _containers.RepeatedScalarFieldContainer[Global___PolicyKind.ValueType]: ...
+    @_builtins.property
+    def tolerance(self) -> Global___Tolerance:
+        """Measured at export. Absent: the manifest's."""
+
     def __init__(
         self,
         *,
         file: _builtins.str = ...,
         policies: _abc.Iterable[Global___PolicyKind.ValueType] | None = ...,
         variant: _builtins.str = ...,
+        tolerance: Global___Tolerance | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tolerance", b"tolerance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "policies", b"policies", "variant", b"variant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "policies", b"policies", "tolerance", b"tolerance", "variant", b"variant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
