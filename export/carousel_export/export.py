@@ -18,6 +18,7 @@ from carousel_export.experiments import Findings, choose, find_policies
 from carousel_export.gate import TOLERANCE, prove
 from carousel_export.golden import GOLDEN, read_samples, write_golden
 from carousel_export.graph import LOOKAHEAD, MODEL, write_graph
+from carousel_export.links import find_links
 from carousel_export.policies import Lookahead, Policy, from_message, to_message
 from carousel_export.quiet import undisturbed
 from carousel_export.recurrent import directions_of, kind_of
@@ -45,6 +46,7 @@ def export(
     output_names: Sequence[str] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     data: Sequence[Tensor | Sequence[Tensor]] = (),
+    links: Mapping[str, tuple[str, str]] | None = None,
 ) -> Bundle:
     """Export a model with recurrent layers to `<out>/<name>/<version>/`, and prove that it says what the model says.
 
@@ -56,6 +58,8 @@ def export(
     default: if absent, lookahead(8, 8) for a model with a backward direction and causal for any other. `labels` names
     the classes of an output's last dimension. `data` are sequences of the caller's, each one tensor `[time, …]` for
     each argument, and `[…]` for a context; the gate tries them beside drawn ones, and the look-ahead curve is theirs.
+    `links` says which other model under `out` answers what a session of this one starts from: a context or a state
+    input, and the model's name and output, as in `{"memory": ("encoder", "memory"), "rnn.h_0": ("encoder", "hidden")}`.
 
     Raises `ExportError` (see `carousel_export.errors`), and `BundleError` for a name or version that cannot be written;
     then there is no bundle.
@@ -67,6 +71,7 @@ def export(
         eager = Eager(model)
         signature = find_signature(eager, example, input_names, output_names, dims)
         named_labels = _labels(signature, labels)
+        linked = find_links(signature, links or {}, Path(out))
         reference = Reference(eager, signature)
         draw = Draw(signature, example_samples(signature, example), given_streams(signature, data))
         findings = find_policies(reference, draw)
@@ -85,6 +90,7 @@ def export(
             manifest.name, manifest.version = name, writer.version
             for output, values in named_labels.items():
                 manifest.labels[output].values.extend(values)
+            manifest.links.extend(linked)
             manifest.metadata.update(metadata or {})
             (writer.path / "parity.json").write_text(json.dumps(proof, allow_nan=False), encoding="utf-8")
             (writer.path / "report.html").write_text(render(manifest, proof), encoding="utf-8")

@@ -128,6 +128,7 @@ def _check_dims(path: Path, inputs: dict[str, Dims], signature: Signature) -> No
             if dims != wanted[value.name]:
                 raise GraphError(
                     f"{path.name}: {value.name} came out as [{', '.join(dims)}] where "
-                    f"[{', '.join(wanted[value.name])}] is wanted; take sizes in forward from its inputs alone"
+                    f"[{', '.join(wanted[value.name])}] is wanted; take sizes in forward from its inputs alone, as "
+                    "x.shape[0] and not len(x)"
                 )
     onnx.checker.check_model(model)

@@ -24,6 +24,8 @@ class Limits:
     max_pending_chunks: int = 64
     # Rows of Infer requests that wait for a step, over all requests to a model.
     max_pending_rows: int = 4_096
+    # Bytes of context that the open sessions of one model may hold together.
+    max_context_bytes: int = 1024**3
     # Rows of one step.
     max_batch: int = 64
     # Frames of a causal chunk that are run at once; a longer chunk takes several steps.

@@ -90,6 +90,10 @@ class QueueFullError(ExhaustedError):
     reason = "QUEUE_FULL"
 
 
+class ContextFullError(ExhaustedError):
+    reason = "CONTEXT_FULL"
+
+
 class TooLargeError(ExhaustedError):
     reason = "TOO_LARGE"
 

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from carousel_server.engine.context import NO_CONTEXT, Context
 from carousel_server.engine.frames import Piece
 from carousel_server.engine.scheduler import Scheduler
 from carousel_server.engine.spec import Array
@@ -19,6 +21,7 @@ class Owner:
     name: int
     graph: str
     lengths: list[int]
+    context: Context = NO_CONTEXT
     slot: int = 1
     queued: bool = False
     closed: bool = False
@@ -109,6 +112,18 @@ def test_arrival_order_is_kept_within_a_step():
         scheduler.add(owner)
     order = [block.owner.name for step in run(scheduler) for block in step.blocks]
     assert order == list(range(20))
+
+
+@given(st.lists(st.sampled_from([1, 4, 7]), min_size=1, max_size=12))
+def test_contexts_of_one_shape_share_a_step(sizes):
+    """A step's contexts have one shape, since none is padded, and all that have it and fit are in it."""
+    scheduler = Scheduler(max_batch=20, ragged=True)
+    for number, size in enumerate(sizes):
+        scheduler.add(Owner(number, "model.onnx", [1], context=Context((np.zeros((size, 2)),))))
+    steps = run(scheduler)
+    shapes = [{block.owner.context.shapes for block in step.blocks} for step in steps]
+    assert all(len(each) == 1 for each in shapes)
+    assert len(steps) == len(set(sizes))
 
 
 def test_an_owner_that_closed_while_it_waited_is_left_out():

@@ -82,15 +82,19 @@ class Client:
         version: str = "",
         session_id: str | None = None,
         initial_state: Mapping[str, object] | None = None,
+        context: Mapping[str, object] | None = None,
         timeout: float | None = None,
     ) -> "Session":
         """A session with `model`, to be used in a `with` statement.
 
         `policy` None is the bundle's default, `version` "" the newest that is served, `session_id` None a random one.
-        `initial_state` maps state inputs to `[layers × directions, size]`; those left out start at zero. `timeout`
-        seconds bound the question for the model's manifest, which is asked once.
+        `initial_state` maps state inputs to `[layers × directions, size]`; those left out start at zero. `context`
+        maps each of the model's contexts (`GetModel`'s manifest names them) to `[…]`; it holds for the whole session.
+        `timeout` seconds bound the question for the model's manifest, which is asked once.
         """
-        return Session(self._connection, SessionOptions(model, version, policy, session_id, initial_state, timeout))
+        return Session(
+            self._connection, SessionOptions(model, version, policy, session_id, initial_state, context, timeout)
+        )
 
     def infer(
         self,
@@ -103,7 +107,8 @@ class Client:
     ) -> Answer:
         """What the eager model answers to whole sequences, in its own dimensions, batch included; stateless.
 
-        `inputs` is an array for a model with one input and a dict by name otherwise; the answer likewise by outputs.
+        `inputs` is an array for a model with one input and a dict by name otherwise, contexts among them; the answer
+        likewise by outputs.
         `lengths` are the valid frames of each row; an answer is zero after them.
         """
         signature = self._connection.signature(model, version, timeout)

@@ -22,14 +22,16 @@ class SessionOptions:
     policy: Policy | None
     session_id: str | None
     initial_state: Mapping[str, object] | None
+    context: Mapping[str, object] | None
     timeout: float | None
 
     def request(self, signature: Signature) -> Open:
-        """Raises `InvalidArgument` for a state that does not fit."""
+        """Raises `InvalidArgument` for a state or a context that does not fit."""
         request = Open(session_id=self.session_id or new_session_id(), model=self.model, version=self.version)
         if self.policy is not None:
             request.policy.CopyFrom(to_message(self.policy))
         signature.encode_state(request.initial_state, self.initial_state or {})
+        signature.encode_context(request.context, self.context or {})
         return request
 
 

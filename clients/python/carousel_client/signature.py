@@ -87,13 +87,14 @@ class Port:
 
 @dataclass(frozen=True)
 class Signature:
-    """A model's inputs, outputs and states, read from its manifest once."""
+    """A model's inputs, outputs, states and contexts, read from its manifest once."""
 
     model: str
     version: str
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     states: tuple[Port, ...]
+    contexts: tuple[Port, ...] = ()
 
     @classmethod
     def read(cls, manifest: Manifest) -> "Signature":
@@ -106,6 +107,7 @@ class Signature:
                 Port(state.input, dtype_of(state.dtype), tuple(state.dims), tuple(state.dims))
                 for state in manifest.states
             ),
+            tuple(map(Port.read, manifest.contexts)),
         )
 
     def encode_chunk(self, tensors: _Tensors, chunk: object, *, end: bool) -> None:
@@ -118,7 +120,7 @@ class Signature:
                 raise InvalidArgument("a chunk without frames can only end the sequence; send frames, or set end")
             return
         where = f"a chunk for {self.model}"
-        arrays = [port.convert(value, port.frame, where) for port, value in self._match(chunk, where)]
+        arrays = [port.convert(value, port.frame, where) for port, value in self._match(chunk, where, self.inputs)]
         frames = {port.name: len(array) for port, array in zip(self.inputs, arrays, strict=True)}
         if len(set(frames.values())) > 1:
             raise InvalidArgument(
@@ -137,7 +139,7 @@ class Signature:
     def encode_batch(self, tensors: _Tensors, batch: object) -> None:
         """Write whole sequences in the eager model's own dimensions into `tensors`. Raises `InvalidArgument`."""
         where = f"a call of {self.model}"
-        for port, value in self._match(batch, where):
+        for port, value in self._match(batch, where, (*self.inputs, *self.contexts)):
             array = port.convert(value, port.eager_dims, where)
             encode(tensors.add(), port.name, _arrange(array, port.eager_dims, port.dims))
 
@@ -154,16 +156,26 @@ class Signature:
                 raise InvalidArgument(f"{self.model} has no state {name!r}; it has {', '.join(known)}")
             encode(tensors.add(), name, known[name].convert(value, known[name].frame, "the initial state"))
 
-    def _match(self, value: object, where: str) -> list[tuple[Port, object]]:
+    def encode_context(self, tensors: _Tensors, context: Mapping[str, object]) -> None:
+        """Write what a session sees in every step, `[…]` by the context's name. Raises `InvalidArgument`."""
+        wanted = [port.name for port in self.contexts]
+        if set(context) != set(wanted):
+            raise InvalidArgument(
+                f"a session of {self.model} was given the context {sorted(context)}; wanted {sorted(wanted)}"
+            )
+        for port in self.contexts:
+            encode(tensors.add(), port.name, port.convert(context[port.name], port.frame, "the context"))
+
+    def _match(self, value: object, where: str, ports: Sequence[Port]) -> list[tuple[Port, object]]:
         if not isinstance(value, Mapping):
-            if len(self.inputs) > 1:
-                names = ", ".join(port.name for port in self.inputs)
+            if len(ports) > 1:
+                names = ", ".join(port.name for port in ports)
                 raise InvalidArgument(f"{self.model} has several inputs; give {where} as a dict with {names}")
-            return [(self.inputs[0], value)]
-        wanted = [port.name for port in self.inputs]
+            return [(ports[0], value)]
+        wanted = [port.name for port in ports]
         if set(value) != set(wanted):
             raise InvalidArgument(f"{where} has the tensors {sorted(value)}; wanted {sorted(wanted)}")
-        return [(port, value[port.name]) for port in self.inputs]
+        return [(port, value[port.name]) for port in ports]
 
     def _pick(self, arrays: dict[str, Array | None]) -> Answer:
         return arrays if len(self.outputs) > 1 else arrays[self.outputs[0].name]

@@ -44,8 +44,12 @@ class Engine:
         policy: Policy | None,
         resume: bool,
         initial_state: dict[str, Array],
+        context: dict[str, Array],
     ) -> tuple[Session, Model]:
-        """A new session, or with `resume` one that is there, whose answers go to `sink`."""
+        """A new session, or with `resume` one that is there, whose answers go to `sink`.
+
+        `initial_state` by the states' input names, `context` an array `[…]` for each of the model's contexts.
+        """
         now = time.monotonic()
         if resume:
             resident = self.sessions.resume(session_id, sink, now)
@@ -53,7 +57,7 @@ class Engine:
         if self.draining:
             raise DrainingError("this server is stopping; open the session on another", retry_after_s=1.0)
         served = self.catalogue.get(model, version)
-        return self.sessions.open(served, session_id, policy, initial_state, sink, now).session, served
+        return self.sessions.open(served, session_id, policy, initial_state, context, sink, now).session, served
 
     def submit(self, sink: Sink, session_id: str, index: int, tensors: dict[str, Array], *, end: bool) -> None:
         """The session's next chunk, its arrays `[frames, …]` by input name; the answer goes to the sink."""

@@ -81,11 +81,11 @@ def _replay_case(
     for number in range(case["sequences"]):
         prefix = f"{case['name']}/{number}/"
         parts = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        inputs, initial, wanted = (
+        inputs, initial, context, wanted = (
             {key.removeprefix(kind): value for key, value in parts.items() if key.startswith(kind)}
-            for kind in ("in/", "initial/", "out/")
+            for kind in ("in/", "initial/", "context/", "out/")
         )
-        session = model.open(f"golden-{prefix}", policy, initial)
+        session = model.open(f"golden-{prefix}", policy, initial, context)
         session.sink = _Stream(session, inputs, len(next(iter(inputs.values()))), wanted, [])
         streams.append(session.sink)
     longest = max(stream.frames for stream in streams)
@@ -111,7 +111,7 @@ def _compare(model: Model, policy: str, output: str, streams: list[_Stream]) -> 
     port = next(port for port in model.spec.outputs if port.name == output)
     worst, within, frames = 0.0, True, 0
     for stream in streams:
-        answers = [result.arrays(model.spec.outputs) for result in stream.results]
+        answers = [result.arrays(stream.session.outputs) for result in stream.results]
         values = [answer[output] for answer in answers if output in answer]
         got, wanted = np.concatenate(values) if port.per_frame else values[-1], stream.wanted[output]
         if got.shape != wanted.shape:

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carousel_server.engine.arena import ZERO_ROW
+from carousel_server.engine.context import Context
 from carousel_server.engine.frames import Piece
 from carousel_server.engine.spec import Array, Port
 from carousel_server.errors import CarouselError
@@ -16,9 +17,15 @@ class InferRow:
     """One row: a sequence that is run at once from a zero state."""
 
     def __init__(
-        self, graph: str, inputs: tuple[Array, ...], frames: int, done: asyncio.Future[tuple[bytes, ...]]
+        self,
+        graph: str,
+        inputs: tuple[Array, ...],
+        context: Context,
+        frames: int,
+        done: asyncio.Future[tuple[bytes, ...]],
     ) -> None:
         self.graph = graph
+        self.context = context
         self.slot = ZERO_ROW
         self.queued = False
         self.rollback: list[Array] | None = None

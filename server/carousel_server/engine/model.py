@@ -12,15 +12,23 @@ from numpy.typing import NDArray
 from carousel_protos.v1.manifest_pb2 import Manifest, Policy
 from carousel_server.config import Limits
 from carousel_server.engine.arena import Arena
+from carousel_server.engine.context import Context, read_context
 from carousel_server.engine.infer import InferRow, stack
 from carousel_server.engine.policy import FULL, choose_blocking
 from carousel_server.engine.runner import Outcome, Runner
 from carousel_server.engine.runtime import RunError, Runtime
 from carousel_server.engine.scheduler import Scheduler
 from carousel_server.engine.session import Session
-from carousel_server.engine.spec import Array, ModelSpec, describe
+from carousel_server.engine.spec import Array, ModelSpec, Port, describe
 from carousel_server.engine.step import Step
-from carousel_server.errors import InputRejectedError, QueueFullError, StepError, TensorError, TooLargeError
+from carousel_server.errors import (
+    ContextFullError,
+    InputRejectedError,
+    QueueFullError,
+    StepError,
+    TensorError,
+    TooLargeError,
+)
 
 
 @dataclass(slots=True)
@@ -56,6 +64,8 @@ class Model:
         self._ready = asyncio.Event()
         self._in_step: Step | None = None
         self._infer_rows = 0
+        # Held by open sessions.
+        self._context_bytes = 0
 
     @property
     def name(self) -> str:
@@ -67,18 +77,37 @@ class Model:
 
     # Sessions
 
-    def open(self, session_id: str, policy: Policy | None, initial_state: dict[str, Array]) -> Session:
-        """A session at its beginning. Raises `PolicyError`, `TensorError`, `TooManySessionsError`."""
+    def open(
+        self, session_id: str, policy: Policy | None, initial_state: dict[str, Array], context: dict[str, Array]
+    ) -> Session:
+        """A session at its beginning.
+
+        Raises `PolicyError`, `TensorError`, `TooManySessionsError`, `ContextFullError`.
+        """
         blocking = choose_blocking(policy, self.manifest, max_block=self._limits.max_chunk_frames)
         self._check_state(initial_state)
+        given, outputs = read_context(self.spec, context, f"session {session_id}")
+        if self._context_bytes + given.bytes > self._limits.max_context_bytes:
+            raise ContextFullError(
+                f"the contexts of {self.name}'s sessions would hold {self._context_bytes + given.bytes} bytes and "
+                f"{self._limits.max_context_bytes} are allowed; close some sessions, or try later",
+                retry_after_s=1.0,
+            )
         slot = self._arena.take()
         if initial_state:
             zeros = self._arena.read(slot)
             rows = zip(self.spec.states, zeros, strict=True)
             self._arena.write(slot, [initial_state.get(state.input, zero) for state, zero in rows])
         self.open_sessions += 1
+        self._context_bytes += given.bytes
         return Session(
-            session_id, self.spec.outputs, blocking, graph=self._graphs[blocking.kind], slot=slot, limits=self._limits
+            session_id,
+            outputs,
+            blocking,
+            graph=self._graphs[blocking.kind],
+            slot=slot,
+            limits=self._limits,
+            context=given,
         )
 
     def _check_state(self, initial_state: dict[str, Array]) -> None:
@@ -117,22 +146,26 @@ class Model:
     def _forget(self, session: Session) -> None:
         self._arena.give_back(session.slot)
         self.open_sessions -= 1
+        self._context_bytes -= session.context.bytes
 
     # Whole sequences
 
     async def infer(self, tensors: dict[str, Array], lengths: NDArray[np.int32] | None) -> dict[str, Array]:
         """Outputs `[batch, time, …]` for inputs `[batch, time, …]`, each row run from zero over its length.
 
+        `tensors` has the contexts, `[batch, …]`, beside the inputs.
+
         Raises `TensorError`, `TooLargeError`, `QueueFullError`, `InputRejectedError`, `StepError`.
         """
         where = "the request"
-        self.spec.check_names(tensors, where)
+        self.spec.check_names(tensors, where, (*self.spec.inputs, *self.spec.contexts))
         for port in self.spec.inputs:
             port.check(tensors[port.name], where, ("batch", "time"))
         shapes = {tensors[port.name].shape[:2] for port in self.spec.inputs}
         if len(shapes) > 1:
             raise TensorError(f"the tensors differ in batch and time: {sorted(shapes)}; send the same for each")
         batch, time = shapes.pop()
+        contexts, outputs = self._infer_contexts({port.name: tensors[port.name] for port in self.spec.contexts}, batch)
         lengths = np.full(batch, time, np.int32) if lengths is None else lengths
         if batch < 1 or len(lengths) != batch or lengths.min() < 1 or lengths.max() > time:
             raise TensorError(f"wanted one length from 1 to {time} for each of the {batch} rows, and at least one row")
@@ -148,7 +181,7 @@ class Model:
         try:
             for position, future in enumerate(done):
                 row = tuple(tensors[port.name][position] for port in self.spec.inputs)
-                self._queue(InferRow(self._graphs[FULL], row, int(lengths[position]), future))
+                self._queue(InferRow(self._graphs[FULL], row, contexts[position], int(lengths[position]), future))
             answers = await asyncio.gather(*done, return_exceptions=True)
         finally:
             self._infer_rows -= batch
@@ -159,7 +192,21 @@ class Model:
             if isinstance(answer, BaseException):
                 raise answer
             rows.append(answer)
-        return stack(self.spec.outputs, lengths, time, rows)
+        return stack(outputs, lengths, time, rows)
+
+    def _infer_contexts(self, tensors: dict[str, Array], batch: int) -> tuple[list[Context], tuple[Port, ...]]:
+        """Each row's context, and the outputs with their sizes in it, which are the same for all rows."""
+        for name, array in tensors.items():
+            if array.ndim < 1 or len(array) != batch:
+                raise TensorError(
+                    f"context {name!r} is {describe(array.dtype, array.shape)} beside {batch} rows; send it for each",
+                    tensor=name,
+                )
+        rows = [
+            read_context(self.spec, {name: array[i] for name, array in tensors.items()}, f"row {i} of the request")
+            for i in range(batch)
+        ]
+        return [context for context, _ in rows], rows[0][1] if rows else self.spec.outputs
 
     # Steps
 

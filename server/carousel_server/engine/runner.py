@@ -40,6 +40,8 @@ class Runner:
         feeds = self._inputs("", [block.frames for block in blocks], [block.pieces for block in blocks])
         if self._spec.lengths + AHEAD in runtime.inputs:
             feeds |= self._inputs(AHEAD, [block.ahead for block in blocks], [block.ahead_pieces for block in blocks])
+        for position, port in enumerate(self._spec.contexts):
+            feeds[port.name] = np.stack([block.owner.context.arrays[position] for block in blocks])
         states = self._arena.gather(slots)
         feeds |= {state.input: rows for state, rows in zip(self._spec.states, states, strict=True)}
         results = dict(zip(runtime.outputs, runtime.run(feeds), strict=True))

@@ -30,21 +30,23 @@ class Scheduler:
         """The next step: the oldest owner, and in their order those behind it that fit beside it."""
         blocks: list[Block] = []
         passed: list[Runnable] = []
-        graph = ""
         while self._queue and len(blocks) < self._max_batch:
             owner = self._queue.popleft()
             if not owner.due:  # closed or failed while it waited
                 owner.queued = False
                 continue
             block = Block.cut(owner)
-            if not blocks:
-                graph = owner.graph
-            if owner.graph == graph and (self._ragged or not blocks or _same_length(block, blocks[0])):
+            if not blocks or self._fits(block, blocks[0]):
                 blocks.append(block)
             else:
                 passed.append(owner)
         self._queue.extendleft(reversed(passed))
-        return Step(graph, blocks) if blocks else None
+        return Step(blocks[0].owner.graph, blocks) if blocks else None
+
+    def _fits(self, block: Block, first: Block) -> bool:
+        one, other = block.owner, first.owner
+        same_length = (block.frames, block.ahead) == (first.frames, first.ahead)
+        return one.graph == other.graph and one.context.shapes == other.context.shapes and (self._ragged or same_length)
 
     def finish(self, step: Step) -> None:
         """Call after the step was committed or failed: owners that are due again queue again, in the step's order."""
@@ -52,7 +54,3 @@ class Scheduler:
             block.owner.queued = False
             if block.owner.due:
                 self.add(block.owner)
-
-
-def _same_length(one: Block, other: Block) -> bool:
-    return (one.frames, one.ahead) == (other.frames, other.ahead)

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from carousel_server.config import Limits
+from carousel_server.engine.context import NO_CONTEXT, Context
 from carousel_server.engine.frames import Frames, Piece
 from carousel_server.engine.policy import CAUSAL, FULL, Blocking
 from carousel_server.engine.spec import Array, Port
@@ -90,10 +91,20 @@ class Session:
     """One stream of frames through one model, and its place in it. Counts are frames unless they say otherwise."""
 
     def __init__(
-        self, session_id: str, outputs: Sequence[Port], blocking: Blocking, *, graph: str, slot: int, limits: Limits
+        self,
+        session_id: str,
+        outputs: Sequence[Port],
+        blocking: Blocking,
+        *,
+        graph: str,
+        slot: int,
+        limits: Limits,
+        context: Context = NO_CONTEXT,
     ) -> None:
         self.id = session_id
+        self.outputs = outputs
         self.blocking = blocking
+        self.context = context
         self.graph = graph
         self.slot = slot
         self.epoch = 1
@@ -103,7 +114,6 @@ class Session:
         self.closed = False
         # The state rows before the first block of the oldest pending chunk, kept once that chunk needs a second block.
         self.rollback: list[Array] | None = None
-        self._outputs = outputs
         self._limits = limits
         self._closing = False
         self._frames = Frames()
@@ -227,7 +237,7 @@ class Session:
             chunk = self._pending.popleft()
             frames = self._run - self._answered
             self._frames.drop_first(frames)
-            data = tuple(self._join(position, port, chunk.blocks) for position, port in enumerate(self._outputs))
+            data = tuple(self._join(position, port, chunk.blocks) for position, port in enumerate(self.outputs))
             self._last = Result(self.id, chunk.index, self._answered, frames, data)
             self._answered = self._run
             self._value = data

@@ -58,6 +58,7 @@ class Sessions:
         session_id: str,
         policy: Policy | None,
         initial_state: dict[str, Array],
+        context: dict[str, Array],
         sink: Sink,
         now: float,
     ) -> Resident:
@@ -75,7 +76,7 @@ class Sessions:
                 f"{len(self._residents)} sessions are open and no more are allowed; close some, or try later",
                 retry_after_s=1.0,
             )
-        session = model.open(session_id, policy, initial_state)
+        session = model.open(session_id, policy, initial_state, context)
         self._attach(session, sink)
         self._gone.pop(session_id, None)
         resident = self._residents[session_id] = Resident(session, model, now)

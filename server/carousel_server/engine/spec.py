@@ -1,6 +1,7 @@
 """What a model takes and gives, read from its manifest once."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,22 +26,42 @@ def describe(dtype: np.dtype[Any], shape: tuple[int | str, ...]) -> str:
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output: the shape of one frame, or of one sequence's value where there is no time axis."""
+    """An input, context or output: the shape of one frame, or of one sequence's value where there is no time axis.
+
+    `named` are the axes of `item` whose size a session's context says, with their names; `item` has -1 there.
+    """
 
     name: str
     dtype: np.dtype[Any]
     item: tuple[int, ...]
     per_frame: bool
+    named: tuple[tuple[int, str], ...] = ()
 
     @classmethod
     def read(cls, spec: TensorSpec) -> "Port":
-        item = tuple(int(dim) for dim in spec.dims if dim not in ("batch", "time"))
-        return cls(spec.name, numpy_dtype(spec.dtype), item, "time" in spec.dims)
+        dims = [dim for dim in spec.dims if dim not in ("batch", "time")]
+        item = tuple(int(dim) if dim.isdecimal() else -1 for dim in dims)
+        named = tuple((axis, dim) for axis, dim in enumerate(dims) if not dim.isdecimal())
+        return cls(spec.name, numpy_dtype(spec.dtype), item, "time" in spec.dims, named)
+
+    def bind(self, sizes: Mapping[str, int]) -> "Port":
+        """The port with these sizes of its named axes."""
+        if not self.named:
+            return self
+        names = dict(self.named)
+        item = tuple(sizes[names[axis]] if axis in names else size for axis, size in enumerate(self.item))
+        return replace(self, item=item, named=())
 
     def check(self, array: Array, where: str, leading: tuple[str, ...] = ("frames",)) -> None:
         """Raise `TensorError` unless `array` is dtype `[*leading, *item]` and every float in it is finite."""
-        if array.dtype != self.dtype or array.shape[len(leading) :] != self.item or array.ndim < len(leading):
-            wanted = describe(self.dtype, (*leading, *self.item))
+        names = dict(self.named)
+        sizes = array.shape[len(leading) :]
+        fits = len(sizes) == len(self.item) and all(
+            size > 0 if axis in names else size == self.item[axis] for axis, size in enumerate(sizes)
+        )
+        if array.dtype != self.dtype or array.ndim < len(leading) or not fits:
+            item = [names.get(axis, size) for axis, size in enumerate(self.item)]
+            wanted = describe(self.dtype, (*leading, *item))
             raise TensorError(
                 f"tensor {self.name!r} of {where} is {describe(array.dtype, array.shape)}; wanted {wanted}",
                 tensor=self.name,
@@ -68,6 +89,7 @@ class ModelSpec:
     states: tuple[State, ...]
     lengths: str
     ragged: bool
+    contexts: tuple[Port, ...] = ()
 
     @classmethod
     def read(cls, manifest: Manifest) -> "ModelSpec":
@@ -80,13 +102,14 @@ class ModelSpec:
             ),
             manifest.lengths,
             manifest.ragged,
+            tuple(Port.read(spec) for spec in manifest.contexts),
         )
 
     def check_chunk(self, tensors: dict[str, Array], *, end: bool, where: str, max_frames: int) -> int:
         """The number of frames of a chunk whose tensors all fit. Raises `TensorError` or `TooLargeError`."""
         if end and not tensors:
             return 0
-        self.check_names(tensors, where)
+        self.check_names(tensors, where, self.inputs)
         for port in self.inputs:
             port.check(tensors[port.name], where)
         frames = {port.name: len(tensors[port.name]) for port in self.inputs}
@@ -99,7 +122,7 @@ class ModelSpec:
             raise TooLargeError(f"{where} has {count} frames and {max_frames} are allowed; send shorter chunks")
         return count
 
-    def check_names(self, tensors: dict[str, Array], where: str) -> None:
-        wanted = {port.name for port in self.inputs}
+    def check_names(self, tensors: dict[str, Array], where: str, ports: Sequence[Port]) -> None:
+        wanted = {port.name for port in ports}
         if tensors.keys() != wanted:
             raise TensorError(f"{where} has the tensors {sorted(tensors)}; wanted {sorted(wanted)}")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from carousel_server.engine.context import Context
 from carousel_server.engine.frames import Piece
 from carousel_server.engine.spec import Array
 from carousel_server.errors import CarouselError
@@ -14,6 +15,7 @@ class Runnable(Protocol):
     # Its row in the arena; 0 is the row of zeros, which is read and never written.
     slot: int
     graph: str
+    context: Context
     # In the scheduler's queue or in a step.
     queued: bool
     # The state rows before the first block of what it is answering now, kept where that takes more than one.
@@ -50,7 +52,10 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Blocks of different owners that share a call, at least one; their length may differ if the model is ragged."""
+    """Blocks of different owners that share a call, at least one, with contexts of one shape.
+
+    Their length may differ if the model is ragged.
+    """
 
     # The graph's file name.
     graph: str

@@ -1,7 +1,7 @@
 """Wire tensors and NumPy arrays. Request bytes are viewed, never copied."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from carousel_protos.v1.carousel_pb2 import Result as ResultMessage
 from carousel_protos.v1.carousel_pb2 import Tensor
 from carousel_protos.v1.manifest_pb2 import DataType
 from carousel_server.engine.session import Result
-from carousel_server.engine.spec import Array, ModelSpec, Port, numpy_dtype
+from carousel_server.engine.spec import Array, Port, numpy_dtype
 from carousel_server.errors import TensorError
 
 
@@ -32,7 +32,7 @@ def decode(tensors: Iterable[Tensor], names: Iterable[str]) -> dict[str, Array]:
     return arrays
 
 
-def encode_result(result: Result, spec: ModelSpec) -> ResultMessage:
+def encode_result(result: Result, outputs: Sequence[Port]) -> ResultMessage:
     return ResultMessage(
         session_id=result.session_id,
         index=result.index,
@@ -45,7 +45,7 @@ def encode_result(result: Result, spec: ModelSpec) -> ResultMessage:
                 shape=(result.frames, *port.item) if port.per_frame else port.item,
                 data=data,
             )
-            for port, data in zip(spec.outputs, result.data, strict=True)
+            for port, data in zip(outputs, result.data, strict=True)
             if data is not None
         ],
     )

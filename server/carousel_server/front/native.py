@@ -39,7 +39,7 @@ class NativeServicer(CarouselServicer):
 
     async def Infer(self, request: pb.InferRequest, context: Unary) -> pb.InferResponse:  # noqa: ARG002
         spec = self._engine.catalogue.get(request.model, request.version).spec
-        tensors = decode(request.tensors, [port.name for port in spec.inputs])
+        tensors = decode(request.tensors, [port.name for port in (*spec.inputs, *spec.contexts)])
         lengths = np.array(request.lengths, np.int32) if request.lengths else None
         outputs, version = await self._engine.infer(request.model, request.version, tensors, lengths)
         return pb.InferResponse(tensors=[encode(port, outputs[port.name]) for port in spec.outputs], version=version)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import grpc
 
@@ -20,7 +20,7 @@ from carousel_protos.v1.carousel_pb2 import (
 from carousel_protos.v1.carousel_pb2 import Closed as ClosedMessage
 from carousel_server.engine.engine import Engine
 from carousel_server.engine.session import Event, Failure, Result
-from carousel_server.engine.spec import ModelSpec
+from carousel_server.engine.spec import Port
 from carousel_server.errors import CarouselError, InvalidError
 from carousel_server.front.codec import decode, encode_result
 from carousel_server.front.interceptor import internal
@@ -41,7 +41,8 @@ class StreamCall:
         self._engine = engine
         self._requests = requests
         self._context = context
-        self._specs: dict[str, ModelSpec] = {}
+        # Of each session its input names, and its outputs with their sizes.
+        self._ports: dict[str, tuple[list[str], Sequence[Port]]] = {}
         self._outbox: deque[ResponseItem] = deque()
         self._filled = asyncio.Event()
         self._emptied = asyncio.Event()
@@ -59,13 +60,13 @@ class StreamCall:
 
     def deliver(self, event: Event) -> None:
         if isinstance(event, Result):
-            self._send(ResponseItem(result=encode_result(event, self._specs[event.session_id])))
+            self._send(ResponseItem(result=encode_result(event, self._ports[event.session_id][1])))
         elif isinstance(event, Failure):
             if event.index is None:  # the session is no longer this stream's
-                self._specs.pop(event.session_id, None)
+                self._ports.pop(event.session_id, None)
             self._send(ResponseItem(failed=_failed(event.session_id, event.error, event.index)))
         else:
-            self._specs.pop(event.session_id, None)
+            self._ports.pop(event.session_id, None)
             self._send(ResponseItem(closed=ClosedMessage(session_id=event.session_id)))
 
     def going_away(self, deadline_unix_ms: int) -> None:
@@ -116,8 +117,9 @@ class StreamCall:
             policy=asked.policy if asked.HasField("policy") else None,
             resume=asked.resume,
             initial_state=states,
+            context=decode(asked.context, ()),
         )
-        self._specs[session.id] = model.spec
+        self._ports[session.id] = ([port.name for port in model.spec.inputs], session.outputs)
         opened = Opened(
             session_id=session.id,
             epoch=session.epoch,
@@ -128,8 +130,7 @@ class StreamCall:
         self._send(ResponseItem(opened=opened))
 
     def _chunk(self, chunk: Chunk) -> None:
-        spec = self._specs.get(chunk.session_id)
-        names = [port.name for port in spec.inputs] if spec is not None else []
+        names, _ = self._ports.get(chunk.session_id, ([], ()))
         tensors = decode(chunk.tensors, names)
         self._engine.submit(self, chunk.session_id, chunk.index, tensors, end=chunk.end)
 

@@ -1,0 +1,191 @@
+"""Sequence to sequence: a bidirectional encoder and an attention decoder, exported as two linked models."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.client.process import serving
+from tests.support.models import make
+from torch import Tensor, nn
+
+import carousel_client as cc
+import carousel_export as cx
+from carousel_protos.v1.carousel_pb2 import GetModelResponse
+
+SOURCE_WORDS, WORDS, HIDDEN, START, STEPS = 13, 11, 8, 0, 12
+
+
+class Encoder(nn.Module):
+    """Source tokens `[batch, time]` → the memory `[batch, time, 2 × hidden]`, and the decoder's first state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(SOURCE_WORDS, 6)
+        self.rnn = nn.LSTM(6, HIDDEN, batch_first=True, bidirectional=True)
+        self.bridge = nn.Linear(2 * HIDDEN, HIDDEN)
+
+    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
+        memory, (h, c) = self.rnn(self.embedding(tokens))
+        h, c = (self.bridge(torch.cat([s[0], s[1]], dim=-1)).tanh()[None] for s in (h, c))
+        return {"memory": memory, "hidden": h, "cell": c}
+
+
+class Decoder(nn.Module):
+    """Target tokens `[batch, time]` that attend to the memory (Luong et al. 2015) → logits, and what was attended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(WORDS, 6)
+        self.rnn = nn.LSTM(6, HIDDEN, batch_first=True)
+        self.key = nn.Linear(2 * HIDDEN, HIDDEN, bias=False)
+        self.out = nn.Linear(3 * HIDDEN, WORDS)
+
+    def attend(self, y: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        weights = (y @ self.key(memory).mT).softmax(-1)
+        return self.out(torch.cat([y, weights @ memory], dim=-1)), weights
+
+    def forward(self, tokens: Tensor, memory: Tensor) -> dict[str, Tensor]:
+        logits, weights = self.attend(self.rnn(self.embedding(tokens))[0], memory)
+        return {"logits": logits, "attention": weights}
+
+
+LINKS = {"memory": ("encoder", "memory"), "rnn.h_0": ("encoder", "hidden"), "rnn.c_0": ("encoder", "cell")}
+
+
+@torch.no_grad()
+def eager_greedy(source: Tensor) -> tuple[list[int], Tensor, Tensor]:
+    """Tokens, logits and attention of a greedy decode, step by step in eager PyTorch."""
+    encoder, decoder = make(Encoder), make(Decoder)
+    start = encoder(source[None])
+    state, token = (start["hidden"], start["cell"]), START
+    tokens, logits, attention = [], [], []
+    for _ in range(STEPS):
+        y, state = decoder.rnn(decoder.embedding(torch.tensor([[token]])), state)
+        step, weights = decoder.attend(y, start["memory"])
+        token = int(step.argmax())
+        tokens.append(token)
+        logits.append(step[0])
+        attention.append(weights[0])
+    return tokens, torch.cat(logits), torch.cat(attention)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("seq2seq")
+    torch.manual_seed(1)
+    cx.export(make(Encoder), torch.randint(0, SOURCE_WORDS, (3, 6)), name="encoder", out=folder)
+    example = (torch.randint(0, WORDS, (3, 5)), torch.randn(3, 6, 2 * HIDDEN))
+    cx.export(make(Decoder), example, name="decoder", out=folder, links=LINKS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def client(models: Path) -> Iterator[cc.Client]:
+    with serving(models) as server, cc.connect(server.address) as connected:
+        yield connected
+
+
+def open_decoder(client: cc.Client, source: Tensor) -> cc.Session:
+    """A decoder session that starts from what its manifest's links say the encoder answers."""
+    described: GetModelResponse = client.model("decoder")
+    states = {state.input for state in described.manifest.states}
+    given: dict[str, np.ndarray] = {}
+    for link in described.manifest.links:
+        answer = client.infer(link.model, source[None].numpy())[link.output]
+        given[link.input] = answer[:, 0] if link.input in states else answer[0]
+    initial = {name: value for name, value in given.items() if name in states}
+    context = {name: value for name, value in given.items() if name not in states}
+    return client.session("decoder", initial_state=initial, context=context)
+
+
+@pytest.mark.system("12", "a linked encoder and attention decoder: greedy decode, sources of different length at once")
+def test_greedy_decode_equals_eager(client: cc.Client) -> None:
+    """Greedy decodes of sources of several lengths, interleaved on one server, say what eager PyTorch says."""
+    generator = torch.Generator().manual_seed(3)
+    sources = [torch.randint(0, SOURCE_WORDS, (length,), generator=generator) for length in (9, 1, 4, 9)]
+    sessions = [open_decoder(client, source) for source in sources]
+    answers: list[list[dict[str, np.ndarray]]] = [[] for _ in sources]
+    for session in sessions:
+        session.__enter__()
+    tokens = [[START] for _ in sources]
+    for _ in range(STEPS):
+        for session, known, said in zip(sessions, tokens, answers, strict=True):
+            answer = session.send([known[-1]])
+            said.append(answer)
+            known.append(int(answer["logits"][0].argmax()))
+    for session in sessions:
+        session.__exit__(None, None, None)
+    for source, known, said in zip(sources, tokens, answers, strict=True):
+        wanted_tokens, logits, attention = eager_greedy(source)
+        assert known[1:] == wanted_tokens
+        for name, wanted in (("logits", logits), ("attention", attention)):
+            got = np.concatenate([answer[name] for answer in said])
+            np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5)
+
+
+def test_teacher_forcing_in_a_batch(client: cc.Client) -> None:
+    """A ragged batch of target sequences with their memories is answered as eager PyTorch answers each alone."""
+    tokens, memory = torch.randint(0, WORDS, (3, 7)), torch.randn(3, 5, 2 * HIDDEN)
+    got = client.infer("decoder", {"tokens": tokens.numpy(), "memory": memory.numpy()}, lengths=[7, 2, 4])
+    with torch.no_grad():
+        for row, length in enumerate((7, 2, 4)):
+            wanted = make(Decoder)(tokens[row : row + 1, :length], memory[row : row + 1])
+            for name, value in wanted.items():
+                np.testing.assert_allclose(got[name][row, :length], value[0], rtol=0, atol=1e-5)
+                assert not got[name][row, length:].any()
+
+
+@pytest.mark.parametrize(
+    ("context", "words"),
+    [
+        ({}, ["memory"]),
+        ({"memory": np.zeros((3, 5), np.float32)}, ["memory", "[source, 16]", "[3, 5]"]),
+        ({"memory": np.zeros((3, 16))}, ["memory", "float64"]),
+        ({"memory": np.zeros((0, 16), np.float32)}, ["memory", "[0, 16]"]),
+        ({"memory": np.full((3, 16), np.nan, np.float32)}, ["memory", "finite"]),
+        ({"memory": np.zeros((3, 16), np.float32), "more": 1}, ["more"]),
+    ],
+)
+def test_a_context_that_does_not_fit(client: cc.Client, context: dict[str, object], words: list[str]) -> None:
+    """A context that lacks, or has another type, shape or values, is refused with what was wanted."""
+    with pytest.raises(cc.InvalidArgument) as refused, client.session("decoder", context=context) as session:
+        session.ready()
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_contexts_are_bounded(models: Path) -> None:
+    """Sessions may hold so many bytes of context together, and no more; closing one makes room."""
+    context = {"memory": np.zeros((4, 16), np.float32)}
+    with serving(models, max_context_bytes=2 * 256) as server, cc.connect(server.address) as client:
+        with client.session("decoder", context=context) as one, client.session("decoder", context=context) as two:
+            one.ready()
+            two.ready()
+            with (
+                pytest.raises(cc.ResourceExhausted, match="512 are allowed"),
+                client.session("decoder", context=context) as three,
+            ):
+                three.ready()
+        with client.session("decoder", context=context) as four:
+            four.ready()
+
+
+@pytest.mark.parametrize(
+    ("links", "words"),
+    [
+        ({"hidden": ("encoder", "hidden")}, ["hidden", "memory", "rnn.h_0"]),
+        ({"memory": ("encoder", "nothing")}, ["encoder", "nothing", "cell"]),
+        ({"memory": ("nobody", "memory")}, ["nobody", "export it first"]),
+        ({"rnn.h_0": ("encoder", "memory")}, ["rnn.h_0", "[1, 8]", "[time, 16]"]),
+    ],
+)
+def test_links_that_do_not_fit(models: Path, links: dict[str, tuple[str, str]], words: list[str]) -> None:
+    """A link to what is not there, or has another shape, is refused by its name."""
+    example = (torch.randint(0, WORDS, (3, 5)), torch.randn(3, 6, 2 * HIDDEN))
+    with pytest.raises(cx.ExportError) as refused:
+        cx.export(make(Decoder), example, name="other", out=models, links=links)
+    for word in words:
+        assert word in str(refused.value)
+    assert not (models / "other").exists()
