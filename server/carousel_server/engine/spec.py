@@ -1,5 +1,6 @@
 """What a model takes and gives, read from its manifest once."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,11 +14,29 @@ from carousel_server.errors import TensorError, TooLargeError
 Array = NDArray[Any]
 
 
+_DTYPES = {
+    value: np.dtype(name.removeprefix("DATA_TYPE_").lower()).newbyteorder("<")
+    for name, value in DataType.items()
+    if value != DataType.DATA_TYPE_UNSPECIFIED
+}
+_WIRE = {dtype: value for value, dtype in _DTYPES.items()}
+
+
 def numpy_dtype(dtype: DataType.ValueType) -> np.dtype[Any]:
     """The little-endian NumPy dtype of a wire dtype. Raises `TensorError` for one that is not known."""
-    if dtype not in DataType.values() or dtype == DataType.DATA_TYPE_UNSPECIFIED:
+    if (known := _DTYPES.get(dtype)) is None:
         raise TensorError(f"dtype {dtype} is not one of carousel.v1.DataType")
-    return np.dtype(DataType.Name(dtype).removeprefix("DATA_TYPE_").lower()).newbyteorder("<")
+    return known
+
+
+def wire_dtype(dtype: np.dtype[Any]) -> DataType.ValueType:
+    """The wire dtype of a NumPy dtype that `numpy_dtype` gave."""
+    return _WIRE[dtype]
+
+
+def _is_finite(array: Array) -> bool:
+    # The sum of squares is one pass, and only values that are not finite, or huge, make it so.
+    return math.isfinite(np.vdot(array, array)) or bool(np.isfinite(array).all())
 
 
 def describe(dtype: np.dtype[Any], shape: tuple[int | str, ...]) -> str:
@@ -66,7 +85,7 @@ class Port:
                 f"tensor {self.name!r} of {where} is {describe(array.dtype, array.shape)}; wanted {wanted}",
                 tensor=self.name,
             )
-        if self.dtype.kind == "f" and not np.isfinite(array).all():
+        if self.dtype.kind == "f" and not _is_finite(array):
             raise TensorError(
                 f"tensor {self.name!r} of {where} has values that are not finite; send numbers only", tensor=self.name
             )

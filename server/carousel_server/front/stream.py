@@ -22,7 +22,7 @@ from carousel_server.engine.engine import Engine
 from carousel_server.engine.session import Event, Failure, Result
 from carousel_server.engine.spec import Port
 from carousel_server.errors import CarouselError, InvalidError
-from carousel_server.front.codec import decode, encode_result
+from carousel_server.front.codec import decode, fill_result
 from carousel_server.front.interceptor import internal
 from carousel_server.front.status import to_status
 
@@ -32,6 +32,8 @@ _OUTBOX_ITEMS = 1024
 _MESSAGE_BYTES = 1024 * 1024
 
 Context = grpc.aio.ServicerContext[StreamRequest, StreamResponse]
+# A result is written into its message when that leaves.
+Answer = tuple[Result, Sequence[Port]]
 
 
 class StreamCall:
@@ -43,7 +45,7 @@ class StreamCall:
         self._context = context
         # Of each session its input names, and its outputs with their sizes.
         self._ports: dict[str, tuple[list[str], Sequence[Port]]] = {}
-        self._outbox: deque[ResponseItem] = deque()
+        self._outbox: deque[ResponseItem | Answer] = deque()
         self._filled = asyncio.Event()
         self._emptied = asyncio.Event()
         self._half_closed = False
@@ -60,7 +62,7 @@ class StreamCall:
 
     def deliver(self, event: Event) -> None:
         if isinstance(event, Result):
-            self._send(ResponseItem(result=encode_result(event, self._ports[event.session_id][1])))
+            self._send((event, self._ports[event.session_id][1]))
         elif isinstance(event, Failure):
             if event.index is None:  # the session is no longer this stream's
                 self._ports.pop(event.session_id, None)
@@ -72,7 +74,7 @@ class StreamCall:
     def going_away(self, deadline_unix_ms: int) -> None:
         self._send(ResponseItem(going_away=GoingAway(deadline_unix_ms=deadline_unix_ms)))
 
-    def _send(self, item: ResponseItem) -> None:
+    def _send(self, item: ResponseItem | Answer) -> None:
         self._outbox.append(item)
         self._filled.set()
 
@@ -139,15 +141,22 @@ class StreamCall:
             await self._filled.wait()
             self._filled.clear()
             while self._outbox:
-                response, size = StreamResponse(), 0
-                while self._outbox and size < _MESSAGE_BYTES:
-                    item = self._outbox.popleft()
-                    size += item.ByteSize()
-                    response.items.append(item)
-                await self._context.write(response)
+                await self._context.write(self._response())
                 self._emptied.set()
             if self._half_closed and self._engine.sessions.idle(self):
                 return
+
+    def _response(self) -> StreamResponse:
+        """What waits, or as much of it as one message takes."""
+        response, size = StreamResponse(), 0
+        while self._outbox and size < _MESSAGE_BYTES:
+            waiting = self._outbox.popleft()
+            if isinstance(waiting, ResponseItem):
+                response.items.append(waiting)
+            else:
+                size += sum(len(data) for data in waiting[0].data if data is not None)
+                fill_result(response.items.add().result, *waiting)
+        return response
 
 
 def _failed(session_id: str, error: CarouselError, index: int | None) -> Failed:
