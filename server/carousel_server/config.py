@@ -1,12 +1,28 @@
 """The server's settings: frozen, typed, checked once. The command line fills it in."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from carousel_server.errors import ConfigError
 
 Device = Literal["cpu", "cuda"]
+RuntimeKind = Literal["onnxruntime", "torchscript"]
+Variant = Literal["float32", "float16", "int8"]
+
+# The library that each runtime needs, and the extra that has it.
+_LIBRARIES: dict[RuntimeKind, tuple[str, str]] = {
+    "onnxruntime": ("onnxruntime", "server"),
+    "torchscript": ("torch", "export"),
+}
+
+
+def require(kind: RuntimeKind) -> None:
+    """Raise `ConfigError` where a runtime's library is not installed. Imports nothing."""
+    library, extra = _LIBRARIES[kind]
+    if find_spec(library) is None:
+        raise ConfigError(f"--runtime {kind} needs {library}: pip install 'carousel[{extra}]'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +62,10 @@ class ServerConfig(Limits):
     models: Path
     listen: str = "127.0.0.1:8001"
     device: Device = "cpu"
-    # onnxruntime's intra-op threads; 0 leaves the choice to the server.
+    runtime: RuntimeKind = "onnxruntime"
+    # What a session is run on that names none.
+    variant: Variant = "float32"
+    # Threads inside one model call; 0 leaves the choice to the server.
     threads: int = 0
     # Seconds that open sessions are given to finish after SIGTERM.
     drain_timeout_s: float = 30.0
@@ -54,6 +73,10 @@ class ServerConfig(Limits):
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"device is {self.device!r}: it must be 'cpu' or 'cuda'")
+        for what, value, kinds in (("runtime", self.runtime, RuntimeKind), ("variant", self.variant, Variant)):
+            if value not in get_args(kinds):
+                raise ConfigError(f"{what} is {value!r}: it must be one of {', '.join(get_args(kinds))}")
+        require(self.runtime)
         if self.threads < 0 or self.drain_timeout_s < 0:
             raise ConfigError("threads and drain_timeout_s must be 0 or greater")
         for name in Limits.__dataclass_fields__:

@@ -72,6 +72,10 @@ class PolicyError(InvalidError):
     reason = "POLICY_NOT_ALLOWED"
 
 
+class VariantError(InvalidError):
+    reason = "VARIANT_NOT_FOUND"
+
+
 class InputRejectedError(InvalidError):
     """The model itself refused this row's values, alone as well as in a batch."""
 

@@ -147,7 +147,7 @@ def test_verify_fails_over_tolerance(run: Run, bundle: Path):
     done = run("verify", bundle)
     assert done.returncode == 1
     assert "OVER" in done.stdout
-    assert done.stderr.startswith("Error: output output under full is off by 1.25e-01")
+    assert done.stderr.startswith("Error: output output under full in float32 is off by 1.25e-01")
     assert done.stderr.count("\n") == 1
 
 

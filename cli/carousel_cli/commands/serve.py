@@ -3,12 +3,12 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from carousel_cli.common import extra
-from carousel_server.config import ServerConfig
+from carousel_server.config import RuntimeKind, ServerConfig, Variant
 from carousel_server.errors import CarouselError, ConfigError
 
 _FIELDS = ServerConfig.__dataclass_fields__
@@ -28,6 +28,8 @@ def _option(flag: str, field: str, help: str, kind: Any = None) -> Callable[[Any
 )
 @_option("--listen", "listen", "HOST:PORT; port 0 takes any that is free.")
 @_option("--device", "device", "Where the models run.", click.Choice(["cpu", "cuda"]))
+@_option("--runtime", "runtime", "What runs them; torchscript needs torch.", click.Choice(get_args(RuntimeKind)))
+@_option("--variant", "variant", "What a session is run on that names none.", click.Choice(get_args(Variant)))
 @_option("--threads", "threads", "Threads inside one model call; 0 leaves the choice to the server.")
 @_option("--max-batch", "max_batch", "Sessions in one model call.")
 @_option("--max-sessions", "max_sessions", "Open sessions.")

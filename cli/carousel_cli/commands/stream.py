@@ -21,6 +21,7 @@ from carousel_cli.sources import Source, SourceError, open_source
 @click.argument("source", metavar="INPUT.npy|.npz|-")
 @click.option("--target", default="localhost:8001", show_default=True, help="HOST:PORT of the server.")
 @click.option("--version", default="", help="The model's version; without it, the newest that is served.")
+@click.option("--variant", default="", help="float32, float16 or int8; without it, the server's choice.")
 @click.option("--chunk", type=click.IntRange(1), default=64, show_default=True, help="Frames sent at once, at most.")
 @click.option(
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the answers to this .npy or .npz file."
@@ -34,6 +35,7 @@ def command(
     source: str,
     target: str,
     version: str,
+    variant: str,
     chunk: int,
     output: Path | None,
     labels: bool,
@@ -52,7 +54,7 @@ def command(
     try:
         with (
             cc.connect(target) as client,
-            client.session(model, version=version, policy=asked) as session,
+            client.session(model, version=version, variant=variant, policy=asked) as session,
         ):
             manifest = client.model(model, version=session.version).manifest
             answers = Answers(manifest, output, labels=labels)

@@ -24,10 +24,16 @@ class SessionOptions:
     initial_state: Mapping[str, object] | None
     context: Mapping[str, object] | None
     timeout: float | None
+    variant: str = ""
 
     def request(self, signature: Signature) -> Open:
         """Raises `InvalidArgument` for a state or a context that does not fit."""
-        request = Open(session_id=self.session_id or new_session_id(), model=self.model, version=self.version)
+        request = Open(
+            session_id=self.session_id or new_session_id(),
+            model=self.model,
+            version=self.version,
+            variant=self.variant,
+        )
         if self.policy is not None:
             request.policy.CopyFrom(to_message(self.policy))
         signature.encode_state(request.initial_state, self.initial_state or {})
@@ -47,10 +53,15 @@ def read_signature(response: GetModelResponse) -> Signature:
 
 
 def infer_request(
-    signature: Signature, inputs: object, lengths: Sequence[int] | None, version: str, max_message_bytes: int
+    signature: Signature,
+    inputs: object,
+    lengths: Sequence[int] | None,
+    version: str,
+    variant: str,
+    max_message_bytes: int,
 ) -> InferRequest:
     """Raises `InvalidArgument` for inputs that do not fit, `ResourceExhausted` for a message over the limit."""
-    request = InferRequest(model=signature.model, version=version)
+    request = InferRequest(model=signature.model, version=version, variant=variant)
     request.lengths.extend(map(int, lengths if lengths is not None else ()))
     signature.encode_batch(request.tensors, inputs)
     if (size := request.ByteSize()) > max_message_bytes:

@@ -121,14 +121,16 @@ class Catalogue:
         bundle = Bundle.open(path)
         # A bundle that was copied or renamed goes by its folder.
         bundle.manifest.name, bundle.manifest.version = path.parent.name, path.name
-        runtimes = load_runtimes(bundle, device=self._config.device, threads=self._config.threads)
+        runtimes = load_runtimes(
+            bundle, device=self._config.device, threads=self._config.threads, kind=self._config.runtime
+        )
         for checked in replay(bundle, runtimes):
             if not checked.ok:
                 raise LoadError(
-                    f"{checked.output!r} under {checked.policy} is {checked.max_abs_error:.3g} off the eager model's "
-                    f"answers, {checked.tolerance:.3g} is allowed; run `carousel verify {path}`"
+                    f"{checked.output!r} under {checked.policy} in {checked.variant} is {checked.max_abs_error:.3g} "
+                    f"off the eager model's answers, {checked.tolerance:.3g} is allowed; run `carousel verify {path}`"
                 )
-        model = Model(bundle.manifest, runtimes, self._config)
+        model = Model(bundle.manifest, runtimes, self._config, variant=self._config.variant)
         model.on_closed = self._on_closed
         return model
 

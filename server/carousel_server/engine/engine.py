@@ -45,6 +45,7 @@ class Engine:
         resume: bool,
         initial_state: dict[str, Array],
         context: dict[str, Array],
+        variant: str = "",
     ) -> tuple[Session, Model]:
         """A new session, or with `resume` one that is there, whose answers go to `sink`.
 
@@ -57,7 +58,8 @@ class Engine:
         if self.draining:
             raise DrainingError("this server is stopping; open the session on another", retry_after_s=1.0)
         served = self.catalogue.get(model, version)
-        return self.sessions.open(served, session_id, policy, initial_state, context, sink, now).session, served
+        resident = self.sessions.open(served, session_id, policy, initial_state, context, sink, now, variant=variant)
+        return resident.session, served
 
     def submit(self, sink: Sink, session_id: str, index: int, tensors: dict[str, Array], *, end: bool) -> None:
         """The session's next chunk, its arrays `[frames, …]` by input name; the answer goes to the sink."""
@@ -73,11 +75,17 @@ class Engine:
         self.sessions.detach(sink)
 
     async def infer(
-        self, model: str, version: str, tensors: dict[str, Array], lengths: NDArray[int32] | None
+        self,
+        model: str,
+        version: str,
+        tensors: dict[str, Array],
+        lengths: NDArray[int32] | None,
+        *,
+        variant: str = "",
     ) -> tuple[dict[str, Array], str]:
         """Outputs by name for whole sequences `[batch, time, …]`, and the version that gave them."""
         served = self.catalogue.get(model, version)
-        return await served.infer(tensors, lengths), served.version
+        return await served.infer(tensors, lengths, variant=variant), served.version
 
     async def drain(self) -> None:
         """Take no new sessions; come back once no stream holds a session, or the deadline of the settings is over."""

@@ -21,6 +21,7 @@ from carousel_server.engine.scheduler import Scheduler
 from carousel_server.engine.session import Session
 from carousel_server.engine.spec import Array, ModelSpec, Port, describe
 from carousel_server.engine.step import Step
+from carousel_server.engine.variants import Variants
 from carousel_server.errors import (
     ContextFullError,
     InputRejectedError,
@@ -46,7 +47,10 @@ class Counters:
 class Model:
     """One version of a model, loaded. Everything but a step's run belongs to one thread, the event loop's."""
 
-    def __init__(self, manifest: Manifest, runtimes: Mapping[str, Runtime], limits: Limits) -> None:
+    def __init__(
+        self, manifest: Manifest, runtimes: Mapping[str, Runtime], limits: Limits, *, variant: str = "float32"
+    ) -> None:
+        """`variant` is what runs where none is asked for. Raises `LoadError` where the bundle has it not."""
         self.manifest = manifest
         self.spec = ModelSpec.read(manifest)
         self.counters = Counters()
@@ -54,9 +58,7 @@ class Model:
         # Told of each session that closed by itself after a step.
         self.on_closed: Callable[[Session], None] = lambda _: None
         self._limits = limits
-        self._graphs = {
-            kind: graph.file for graph in manifest.graphs if graph.file in runtimes for kind in graph.policies
-        }
+        self.variants = Variants.read(manifest, runtimes, default=variant)
         self._arena = Arena(self.spec.states, limits.max_sessions)
         self._scheduler = Scheduler(max_batch=limits.max_batch, ragged=self.spec.ragged)
         self._runner = Runner(self.spec, runtimes, self._arena)
@@ -78,13 +80,20 @@ class Model:
     # Sessions
 
     def open(
-        self, session_id: str, policy: Policy | None, initial_state: dict[str, Array], context: dict[str, Array]
+        self,
+        session_id: str,
+        policy: Policy | None,
+        initial_state: dict[str, Array],
+        context: dict[str, Array],
+        *,
+        variant: str = "",
     ) -> Session:
         """A session at its beginning.
 
-        Raises `PolicyError`, `TensorError`, `TooManySessionsError`, `ContextFullError`.
+        Raises `PolicyError`, `VariantError`, `TensorError`, `TooManySessionsError`, `ContextFullError`.
         """
         blocking = choose_blocking(policy, self.manifest, max_block=self._limits.max_chunk_frames)
+        chosen = self.variants.choose(variant)
         self._check_state(initial_state)
         given, outputs = read_context(self.spec, context, f"session {session_id}")
         if self._context_bytes + given.bytes > self._limits.max_context_bytes:
@@ -104,7 +113,8 @@ class Model:
             session_id,
             outputs,
             blocking,
-            graph=self._graphs[blocking.kind],
+            graph=self.variants.graph(chosen, blocking.kind),
+            variant=chosen,
             slot=slot,
             limits=self._limits,
             context=given,
@@ -150,14 +160,17 @@ class Model:
 
     # Whole sequences
 
-    async def infer(self, tensors: dict[str, Array], lengths: NDArray[np.int32] | None) -> dict[str, Array]:
+    async def infer(
+        self, tensors: dict[str, Array], lengths: NDArray[np.int32] | None, *, variant: str = ""
+    ) -> dict[str, Array]:
         """Outputs `[batch, time, …]` for inputs `[batch, time, …]`, each row run from zero over its length.
 
         `tensors` has the contexts, `[batch, …]`, beside the inputs.
 
-        Raises `TensorError`, `TooLargeError`, `QueueFullError`, `InputRejectedError`, `StepError`.
+        Raises `VariantError`, `TensorError`, `TooLargeError`, `QueueFullError`, `InputRejectedError`, `StepError`.
         """
         where = "the request"
+        graph = self.variants.graph(self.variants.choose(variant), FULL)
         self.spec.check_names(tensors, where, (*self.spec.inputs, *self.spec.contexts))
         for port in self.spec.inputs:
             port.check(tensors[port.name], where, ("batch", "time"))
@@ -181,7 +194,7 @@ class Model:
         try:
             for position, future in enumerate(done):
                 row = tuple(tensors[port.name][position] for port in self.spec.inputs)
-                self._queue(InferRow(self._graphs[FULL], row, contexts[position], int(lengths[position]), future))
+                self._queue(InferRow(graph, row, contexts[position], int(lengths[position]), future))
             answers = await asyncio.gather(*done, return_exceptions=True)
         finally:
             self._infer_rows -= batch

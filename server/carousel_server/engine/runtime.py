@@ -1,80 +1,54 @@
-"""onnxruntime: an ONNX file as a function of named arrays. The only module that imports it."""
+"""What runs a bundle's graphs: the interface, and the choice between the modules that have it."""
 
-import os
-import re
-from pathlib import Path
-
-import onnxruntime as ort
-from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+from typing import Protocol
 
 from carousel_protos import Bundle
-from carousel_server.config import Device
+from carousel_protos.v1.manifest_pb2 import Graph
+from carousel_server.config import Device, RuntimeKind, require
 from carousel_server.engine.spec import Array
 from carousel_server.errors import LoadError
 
-_PROVIDERS: dict[Device, list[tuple[str, dict[str, str]]]] = {
-    "cpu": [("CPUExecutionProvider", {})],
-    # TF32 would cost three digits of parity.
-    "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), ("CPUExecutionProvider", {})],
-}
 
+class Runtime(Protocol):
+    """One graph, loaded: a function of named arrays."""
 
-def load_runtimes(bundle: Bundle, *, device: Device, threads: int, variant: str = "float32") -> "dict[str, Runtime]":
-    """A bundle's graphs of one variant, by file name. Raises `LoadError`, `BundleError`."""
-    return {
-        graph.file: Runtime(bundle.file(graph.file), device=device, threads=threads)
-        for graph in bundle.manifest.graphs
-        if graph.variant == variant
-    }
-
-
-class Runtime:
-    """One graph, loaded. Raises `LoadError` for a file that onnxruntime refuses or a device that is not there."""
-
-    def __init__(self, path: Path, *, device: Device, threads: int) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or max(1, (os.cpu_count() or 1) // 2)
-        options.inter_op_num_threads = 1
-        # Shapes change with every step: patterns kept for each would only grow.
-        options.enable_mem_pattern = False
-        # Spinning threads burn a core each at low load for a third of a millisecond.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
-        wanted = _PROVIDERS[device][0][0]
-        if wanted not in ort.get_available_providers():
-            raise LoadError(
-                f"onnxruntime here has no {wanted} (it has {', '.join(ort.get_available_providers())}); "
-                "install onnxruntime-gpu in place of onnxruntime, or use --device cpu"
-            )
-        try:
-            self._session = ort.InferenceSession(path, options, providers=_PROVIDERS[device])
-        except Exception as error:  # onnxruntime's exceptions share no base of their own
-            raise LoadError(f"onnxruntime cannot load {path.name}: {_first_line(error)}") from error
-        if self._session.get_providers()[0] != wanted:
-            raise LoadError(f"onnxruntime fell back from {wanted}: its CUDA libraries are missing or do not fit")
-        self.inputs = [node.name for node in self._session.get_inputs()]
-        self.outputs = [node.name for node in self._session.get_outputs()]
+    inputs: list[str]
+    outputs: list[str]
 
     def run(self, feeds: dict[str, Array]) -> list[Array]:
         """The graph's outputs, in its order. Raises `RunError`."""
-        # A batch of 0 ends the process inside onnxruntime's LSTM.
-        assert all(len(array) for array in feeds.values()), "a step has at least one row"
-        try:
-            outputs: list[Array] = self._session.run(None, feeds)
-        except Exception as error:
-            raise RunError(_first_line(error), rejected=isinstance(error, InvalidArgument)) from error
-        return outputs
 
 
 class RunError(Exception):
-    """onnxruntime refused or failed a call; `rejected` says that the inputs' values were at fault."""
+    """A runtime refused or failed a call; `rejected` says that the inputs' values were at fault."""
 
     def __init__(self, message: str, *, rejected: bool) -> None:
         super().__init__(message)
         self.rejected = rejected
 
 
-def _first_line(error: Exception) -> str:
-    """onnxruntime's own words, without the place in its sources where they were said."""
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return re.sub(r"^.*Status Message: (\S+\.(cc|h|cu):\d+ .*?\) ?)?", "", line)
+def load_runtimes(
+    bundle: Bundle, *, device: Device, threads: int, kind: RuntimeKind = "onnxruntime"
+) -> dict[str, Runtime]:
+    """A bundle's graphs of every variant that `kind` can run, by file name.
+
+    Raises `LoadError`, `BundleError`, and `ConfigError` where the library of `kind` is not installed.
+    """
+    require(kind)
+    # Each library is imported by its own module alone, and only when it is chosen.
+    if kind == "torchscript":
+        from carousel_server.engine.torch_runtime import load  # noqa: PLC0415
+
+        return dict(load(bundle, device=device, threads=threads))
+    if any(_is_torchscript(bundle, graph) for graph in bundle.manifest.graphs):
+        raise LoadError(f"{bundle.manifest.name} has TorchScript and no ONNX; serve it with --runtime torchscript")
+    from carousel_server.engine.onnx_runtime import OnnxRuntime  # noqa: PLC0415
+
+    return {
+        graph.file: OnnxRuntime(bundle.file(graph.file), device=device, threads=threads, variant=graph.variant)
+        for graph in bundle.manifest.graphs
+    }
+
+
+def _is_torchscript(bundle: Bundle, graph: Graph) -> bool:
+    return graph.file == bundle.manifest.torchscript

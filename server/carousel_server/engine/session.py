@@ -100,12 +100,14 @@ class Session:
         slot: int,
         limits: Limits,
         context: Context = NO_CONTEXT,
+        variant: str = "float32",
     ) -> None:
         self.id = session_id
         self.outputs = outputs
         self.blocking = blocking
         self.context = context
         self.graph = graph
+        self.variant = variant
         self.slot = slot
         self.epoch = 1
         self.sink: Sink | None = None

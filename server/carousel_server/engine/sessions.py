@@ -61,6 +61,8 @@ class Sessions:
         context: dict[str, Array],
         sink: Sink,
         now: float,
+        *,
+        variant: str = "",
     ) -> Resident:
         """A new session; an empty id is replaced by a new one.
 
@@ -76,7 +78,7 @@ class Sessions:
                 f"{len(self._residents)} sessions are open and no more are allowed; close some, or try later",
                 retry_after_s=1.0,
             )
-        session = model.open(session_id, policy, initial_state, context)
+        session = model.open(session_id, policy, initial_state, context, variant=variant)
         self._attach(session, sink)
         self._gone.pop(session_id, None)
         resident = self._residents[session_id] = Resident(session, model, now)

@@ -41,7 +41,9 @@ class NativeServicer(CarouselServicer):
         spec = self._engine.catalogue.get(request.model, request.version).spec
         tensors = decode(request.tensors, [port.name for port in (*spec.inputs, *spec.contexts)])
         lengths = np.array(request.lengths, np.int32) if request.lengths else None
-        outputs, version = await self._engine.infer(request.model, request.version, tensors, lengths)
+        outputs, version = await self._engine.infer(
+            request.model, request.version, tensors, lengths, variant=request.variant
+        )
         return pb.InferResponse(tensors=[encode(port, outputs[port.name]) for port in spec.outputs], version=version)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Unary) -> pb.ListModelsResponse:  # noqa: ARG002

@@ -120,6 +120,7 @@ class StreamCall:
             resume=asked.resume,
             initial_state=states,
             context=decode(asked.context, ()),
+            variant=asked.variant,
         )
         self._ports[session.id] = ([port.name for port in model.spec.inputs], session.outputs)
         opened = Opened(
@@ -128,6 +129,7 @@ class StreamCall:
             next_index=session.next_index,
             policy=session.blocking.message(),
             version=model.version,
+            variant=session.variant,
         )
         self._send(ResponseItem(opened=opened))
 

@@ -80,6 +80,7 @@ class Client:
         *,
         policy: Policy | None = None,
         version: str = "",
+        variant: str = "",
         session_id: str | None = None,
         initial_state: Mapping[str, object] | None = None,
         context: Mapping[str, object] | None = None,
@@ -87,14 +88,13 @@ class Client:
     ) -> "Session":
         """A session with `model`, to be used in a `with` statement.
 
-        `policy` None is the bundle's default, `version` "" the newest that is served, `session_id` None a random one.
-        `initial_state` maps state inputs to `[layers × directions, size]`; those left out start at zero. `context`
-        maps each of the model's contexts (`GetModel`'s manifest names them) to `[…]`; it holds for the whole session.
-        `timeout` seconds bound the question for the model's manifest, which is asked once.
+        `policy` None is the bundle's default, `version` "" the newest that is served, `variant` "" the server's choice,
+        `session_id` None a random one. `initial_state` maps state inputs to `[layers × directions, size]`; those left
+        out start at zero. `context` maps each of the model's contexts (`GetModel`'s manifest names them) to `[…]`; it
+        holds for the whole session. `timeout` seconds bound the question for the model's manifest, which is asked once.
         """
-        return Session(
-            self._connection, SessionOptions(model, version, policy, session_id, initial_state, context, timeout)
-        )
+        options = SessionOptions(model, version, policy, session_id, initial_state, context, timeout, variant)
+        return Session(self._connection, options)
 
     async def infer(
         self,
@@ -103,6 +103,7 @@ class Client:
         *,
         lengths: Sequence[int] | None = None,
         version: str = "",
+        variant: str = "",
         timeout: float | None = None,
     ) -> Answer:
         """What the eager model answers to whole sequences, in its own dimensions, batch included; stateless.
@@ -112,7 +113,7 @@ class Client:
         `lengths` are the valid frames of each row; an answer is zero after them.
         """
         signature = await self._connection.signature(model, version, timeout)
-        request = infer_request(signature, inputs, lengths, version, self._connection.max_message_bytes)
+        request = infer_request(signature, inputs, lengths, version, variant, self._connection.max_message_bytes)
         response = await self._connection.unary(self._connection.stub.Infer, request, timeout)
         return (await self._connection.signature(model, response.version, timeout)).decode_batch(response)
 

@@ -1,0 +1,67 @@
+"""onnxruntime: an ONNX file as a function of named arrays. The only module that imports it."""
+
+import os
+import re
+from pathlib import Path
+
+import onnxruntime as ort
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+
+from carousel_server.config import Device
+from carousel_server.engine.runtime import RunError
+from carousel_server.engine.spec import Array
+from carousel_server.errors import LoadError
+
+_PROVIDERS: dict[Device, list[tuple[str, dict[str, str]]]] = {
+    "cpu": [("CPUExecutionProvider", {})],
+    # TF32 would cost three digits of parity.
+    "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), ("CPUExecutionProvider", {})],
+}
+
+
+class OnnxRuntime:
+    """One graph, loaded. Raises `LoadError` for a file that onnxruntime refuses or a device that is not there."""
+
+    def __init__(self, path: Path, *, device: Device, threads: int, variant: str) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or max(1, (os.cpu_count() or 1) // 2)
+        options.inter_op_num_threads = 1
+        # Shapes change with every step: patterns kept for each would only grow.
+        options.enable_mem_pattern = False
+        # Spinning threads burn a core each at low load for a third of a millisecond.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        wanted = _PROVIDERS[device][0][0]
+        if wanted not in ort.get_available_providers():
+            raise LoadError(
+                f"onnxruntime here has no {wanted} (it has {', '.join(ort.get_available_providers())}); "
+                "install onnxruntime-gpu in place of onnxruntime, or use --device cpu"
+            )
+        try:
+            # onnxruntime 1.31 dies of a signal where this pass meets an LSTM in float16 on the CPU.
+            disabled = ["NchwcTransformer"] if variant == "float16" else []
+            self._session = ort.InferenceSession(
+                path, options, providers=_PROVIDERS[device], disabled_optimizers=disabled
+            )
+        except Exception as error:  # onnxruntime's exceptions share no base of their own
+            raise LoadError(f"onnxruntime cannot load {path.name}: {_first_line(error)}") from error
+        if self._session.get_providers()[0] != wanted:
+            raise LoadError(f"onnxruntime fell back from {wanted}: its CUDA libraries are missing or do not fit")
+        self.inputs = [node.name for node in self._session.get_inputs()]
+        self.outputs = [node.name for node in self._session.get_outputs()]
+
+    def run(self, feeds: dict[str, Array]) -> list[Array]:
+        """The graph's outputs, in its order. Raises `RunError`."""
+        # A batch of 0 ends the process inside onnxruntime's LSTM.
+        assert all(len(array) for array in feeds.values()), "a step has at least one row"
+        try:
+            outputs: list[Array] = self._session.run(None, feeds)
+        except Exception as error:
+            raise RunError(_first_line(error), rejected=isinstance(error, InvalidArgument)) from error
+        return outputs
+
+
+def _first_line(error: Exception) -> str:
+    """onnxruntime's own words, without the place in its sources where they were said."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return re.sub(r"^.*Status Message: (\S+\.(cc|h|cu):\d+ .*?\) ?)?", "", line)
