@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from carousel_export.eager import Eager, States, plain
+from carousel_export.eager import Eager, plain
 from carousel_export.errors import ExampleError, ModelError
-from carousel_export.recurrent import directions_of, states_of
+from carousel_export.recurrent import Layer, States, directions_of, states_of
 from carousel_export.signature import BATCH, SOURCE, SUPPORTED_DTYPES, TIME, Dims, Port, Signature, State
 
 # For each input the axis that has a role, None where it has none.
@@ -24,7 +24,7 @@ class _Call:
     """A recurrent call that was seen: its input's size along time and, where it has one, batch."""
 
     name: str
-    module: nn.LSTM
+    module: Layer
     sizes: Mapping[str, int]
 
 
@@ -110,7 +110,7 @@ def grow(x: Tensor, axis: int, size: int) -> Tensor:
 def _run(eager: Eager, inputs: Sequence[Tensor]) -> _Run | None:
     calls: list[_Call] = []
 
-    def watch(name: str, module: nn.LSTM, x: Tensor) -> tuple[Tensor, States]:
+    def watch(name: str, module: Layer, x: Tensor) -> tuple[Tensor, States]:
         time, batch = (0, None) if x.dim() == 2 else (1, 0) if module.batch_first else (0, 1)
         sizes = {TIME: x.shape[time], **({} if batch is None else {BATCH: x.shape[batch]})}
         calls.append(_Call(name, module, sizes))

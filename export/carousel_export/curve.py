@@ -15,13 +15,7 @@ from carousel_export.signature import Port, Signature
 
 _SETTINGS: tuple[Carry | Lookahead, ...] = (
     Carry(1),
-    Lookahead(1, 0),
-    Lookahead(1, 1),
-    Lookahead(1, 2),
-    Lookahead(2, 2),
-    Lookahead(4, 4),
-    Lookahead(8, 8),
-    Lookahead(16, 16),
+    *(Lookahead(block, ahead) for block in (1, 8) for ahead in (0, 1, 2, 4, 8, 16)),
 )
 _STREAMS, _FRAMES = 8, 64
 

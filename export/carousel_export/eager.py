@@ -14,23 +14,23 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from carousel_export.errors import ExampleError, ExportError, ModelError, one_line
-from carousel_export.recurrent import find_recurrent, kind_of
+from carousel_export.recurrent import Layer, States, as_hx, as_states, find_recurrent, kind_of
 
 log = logging.getLogger(__name__)
 
-States = tuple[Tensor, ...]
-# Answers a recurrent call in the module's stead: (call name, module, input) → what the module would have returned.
-Handler = Callable[[str, nn.LSTM, Tensor], tuple[Tensor, States]]
+# Answers a recurrent call in the module's stead: (call name, module, input) → y and the states at its end.
+Handler = Callable[[str, Layer, Tensor], tuple[Tensor, States]]
 
 
-def plain(_call: str, module: nn.LSTM, x: Tensor) -> tuple[Tensor, States]:
+def plain(_call: str, module: Layer, x: Tensor) -> tuple[Tensor, States]:
     """The handler that leaves a recurrent call as it is: it starts at zero."""
     return run_layer(module, x, None)
 
 
-def run_layer(module: nn.LSTM, x: Tensor, states: States | None) -> tuple[Tensor, States]:
+def run_layer(module: Layer, x: Tensor, states: States | None) -> tuple[Tensor, States]:
     """What eager PyTorch answers from these states (None: from zero)."""
-    return nn.LSTM.forward(module, x, states)  # type: ignore[arg-type]  # a pair, as `states_of` says
+    y, ended = type(module).forward(module, x, None if states is None else as_hx(states))
+    return y, as_states(ended)
 
 
 class Eager:
@@ -73,10 +73,11 @@ class Eager:
         """The model's outputs as it returns them; else as `run`."""
         counts: Counter[str] = Counter()
 
-        def answer(path: str, module: nn.LSTM, *args: Any, **kwargs: Any) -> tuple[Tensor, States]:
+        def answer(path: str, module: Layer, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | States]:
             call = call_name(path, module, counts[path])
             counts[path] += 1
-            return handler(call, module, _argument(call, *args, **kwargs))
+            y, ended = handler(call, module, _argument(call, *args, **kwargs))
+            return y, as_hx(ended)
 
         for path, module in self.recurrent.items():
             # An instance's own `forward` comes before its class's, and hooks of the caller's still run around it.
@@ -104,18 +105,18 @@ class Eager:
             return None
 
 
-def call_name(path: str, module: nn.Module, count: int) -> str:
+def call_name(path: str, module: Layer, count: int) -> str:
     """What a module's call is called in a bundle: its path, and from the second call on which call it is."""
-    name = path or kind_of(module).lower()
+    name = path or kind_of(module).name.lower()
     return f"{name}.call{count}" if count else name
 
 
-def _argument(call: str, input: Tensor | PackedSequence, hx: States | None = None) -> Tensor:  # noqa: A002 - torch's name
+def _argument(call: str, input: Tensor | PackedSequence, hx: Tensor | States | None = None) -> Tensor:  # noqa: A002 - torch's name
     if isinstance(input, PackedSequence):
         raise ModelError(
             f"{call} is given a packed sequence; give it the padded tensor, the exported graph takes lengths"
         )
-    if hx is not None and any(bool(state.any()) for state in hx):
+    if hx is not None and any(bool(state.any()) for state in as_states(hx)):
         raise ModelError(
             f"{call} is given its own initial state, and it is not zero; leave it out, a session starts from any state"
         )

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from carousel_export.draw import Draw
-from carousel_export.eager import States, run_layer
+from carousel_export.eager import run_layer
 from carousel_export.errors import ExampleError, PolicyError
 from carousel_export.policies import Carry, Causal, Full, Lookahead, Piece, Policy
+from carousel_export.recurrent import Layer, States
 from carousel_export.reference import Reference
 
 # Above the noise of sums in another order, below any real difference that the gate would let pass.
@@ -163,7 +164,7 @@ def _is_ragged(reference: Reference, draw: Draw) -> bool:
         {port.name: port.feed(torch.stack(column)) for port, column in zip(ports, zip(*rows, strict=True), strict=True)}
     )
 
-    def by_row(_call: str, module: nn.LSTM, x: Tensor) -> tuple[Tensor, States]:
+    def by_row(_call: str, module: Layer, x: Tensor) -> tuple[Tensor, States]:
         batch, time = (0, 1) if module.batch_first else (1, 0)
         answers = []
         for row, length in enumerate(lengths):

@@ -93,6 +93,7 @@ def export(
             manifest.links.extend(linked)
             manifest.metadata.update(metadata or {})
             (writer.path / "parity.json").write_text(json.dumps(proof, allow_nan=False), encoding="utf-8")
+            writer.list_files(manifest)
             (writer.path / "report.html").write_text(render(manifest, proof), encoding="utf-8")
             return writer.commit(manifest)
 
@@ -161,7 +162,7 @@ def _manifest(
         torchscript=TORCHSCRIPT,
         layers=_layers(eager, signature),
         parameters=sum(parameter.numel() for parameter in eager.module.parameters()),
-        tolerance=pb.Tolerance(absolute=TOLERANCE),
+        tolerance=pb.Tolerance(absolute=TOLERANCE, relative=TOLERANCE),
     )
     for package in ("carousel", "onnx", "onnxruntime", "onnxscript", "torch"):
         manifest.made_with[package] = importlib.metadata.version(package)
@@ -177,7 +178,7 @@ def _layers(eager: Eager, signature: Signature) -> list[pb.RecurrentLayer]:
         layers.append(
             pb.RecurrentLayer(
                 name=call,
-                kind=kind_of(module),
+                kind=kind_of(module).name,
                 input_size=module.input_size,
                 hidden_size=module.hidden_size,
                 num_layers=module.num_layers,

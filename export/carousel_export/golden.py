@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from carousel_export.draw import Draw
@@ -38,7 +38,7 @@ def write_golden(path: Path, reference: Reference, draw: Draw, policies: Sequenc
             for port, y in zip(signature.outputs, answer.outputs, strict=True):
                 tensors[f"{at}/out/{port.name}"] = y
     contiguous = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, path, metadata={"cases": json.dumps(cases)})
+    path.write_bytes(save(contiguous, metadata={"cases": json.dumps(cases)}))
 
 
 def read_samples(path: Path, signature: Signature) -> list[Stream]:

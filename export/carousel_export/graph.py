@@ -14,7 +14,7 @@ from carousel_export.axes import grow
 from carousel_export.eager import Eager
 from carousel_export.errors import GraphError, one_line
 from carousel_export.lift import LiftedModel, bind_onnx, lift
-from carousel_export.lstm import OPSET, TRANSLATIONS
+from carousel_export.operators import OPSET, TRANSLATIONS
 from carousel_export.quiet import quiet
 from carousel_export.signature import AHEAD, BATCH, LENGTHS, TIME, TIME_AHEAD, Dims, Signature
 

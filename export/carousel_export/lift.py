@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from carousel_export.eager import Eager, States, call_name
-from carousel_export.lstm import lstm, pack_biases, pack_gates
-from carousel_export.recurrent import directions_of
+from carousel_export.eager import Eager, call_name
+from carousel_export.recurrent import States, as_hx, directions_of, kind_of, weights_of
 from carousel_export.signature import Signature
 
-# (layer, direction, x [time, batch, size], lengths, h_0, c_0 [directions, batch, hidden]) → (y, h_n, c_n)
-RunLayer = Callable[[int, str, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+# (layer, direction, x [time, batch, size], lengths, states [directions, batch, size], None: zero) → y and the states
+RunLayer = Callable[[int, str, Tensor, Tensor, States | None], tuple[Tensor, States]]
+
+# Which of a layer's directions, forward first, one call runs.
+SIDES = {"forward": (0,), "reverse": (1,), "bidirectional": (0, 1)}
 
 
 @dataclass
@@ -39,10 +41,10 @@ class Slot:
         self.frame: Frame | None = None
 
 
-class LiftedLSTM(nn.LSTM):
-    """An `nn.LSTM` that takes its states and lengths from a frame; a copied module becomes one by changing its class.
+class LiftedLayer(nn.RNNBase):
+    """A recurrent module that takes its states and lengths from a frame; a copy becomes one by changing its class.
 
-    So it keeps its weights, its attributes and its hooks, and is still an `nn.LSTM` to the code around it.
+    So it keeps its weights, its attributes and its hooks, and is still an `nn.LSTM`, say, to the code around it.
     """
 
     path: str
@@ -52,8 +54,8 @@ class LiftedLSTM(nn.LSTM):
     def flatten_parameters(self) -> None:
         """Nothing: the weights are constants of the graph."""
 
-    def forward(self, input: Tensor, hx: object = None) -> tuple[Tensor, States]:  # type: ignore[override]  # noqa: A002, ARG002 - nn.LSTM's
-        """As `nn.LSTM`; `hx` was seen to be zero, and the session's states take its place."""
+    def forward(self, input: Tensor, hx: object = None) -> tuple[Tensor, Tensor | States]:  # noqa: A002, ARG002 - torch's
+        """As the module; `hx` was seen to be zero, and the session's states take its place."""
         frame = self.slot.frame
         assert frame is not None, "a lifted layer runs inside a lifted model"
         call = call_name(self.path, self, frame.counts[self.path])
@@ -61,7 +63,7 @@ class LiftedLSTM(nn.LSTM):
         x = input.transpose(0, 1) if self.batch_first else input
         y, ended = self._whole(frame, call, x) if frame.split is None else self._ahead(frame, call, x)
         frame.ended[call] = ended
-        return (y.transpose(0, 1) if self.batch_first else y), ended
+        return (y.transpose(0, 1) if self.batch_first else y), as_hx(ended)
 
     def _whole(self, frame: Frame, call: str, x: Tensor) -> tuple[Tensor, States]:
         direction = "bidirectional" if self.bidirectional else "forward"
@@ -69,7 +71,7 @@ class LiftedLSTM(nn.LSTM):
         ended = []
         for layer in range(self.num_layers):
             rows = slice(layer * directions, (layer + 1) * directions)
-            x, *states = self.run_layer(layer, direction, x, frame.lengths, *(s[rows] for s in frame.states[call]))
+            x, states = self.run_layer(layer, direction, x, frame.lengths, tuple(s[rows] for s in frame.states[call]))
             ended.append(states)
         return x, tuple(torch.cat(states) for states in zip(*ended, strict=True))
 
@@ -85,19 +87,33 @@ class LiftedLSTM(nn.LSTM):
         ended = []
         for layer in range(self.num_layers):
             row = slice(layer * directions, layer * directions + 1)
-            h_0, c_0 = (s[row] for s in frame.states[call])
-            y, h, c = self.run_layer(layer, "forward", block, frame.lengths, h_0, c_0)
-            y_ahead, _, _ = self.run_layer(layer, "forward", ahead, frame.lengths_ahead, h, c)
-            states = [h, c]
+            before = tuple(s[row] for s in frame.states[call])
+            y, states = self.run_layer(layer, "forward", block, frame.lengths, before)
+            y_ahead, _ = self.run_layer(layer, "forward", ahead, frame.lengths_ahead, states)
             if self.bidirectional:
-                back_ahead, h_back, c_back = self.run_layer(layer, "reverse", ahead, frame.lengths_ahead, None, None)
-                back, _, _ = self.run_layer(layer, "reverse", block, frame.lengths, h_back, c_back)
+                back_ahead, handed = self.run_layer(layer, "reverse", ahead, frame.lengths_ahead, None)
+                back, _ = self.run_layer(layer, "reverse", block, frame.lengths, handed)
                 y, y_ahead = torch.cat([y, back], dim=2), torch.cat([y_ahead, back_ahead], dim=2)
                 # The backward row is zero: each block starts it anew.
-                states = [nn.functional.pad(s, (0, 0, 0, 0, 0, 1)) for s in states]
+                states = tuple(nn.functional.pad(s, (0, 0, 0, 0, 0, 1)) for s in states)
             block, ahead = y, y_ahead
             ended.append(states)
         return torch.cat([block, ahead]), tuple(torch.cat(states) for states in zip(*ended, strict=True))
+
+
+class LiftedLSTM(LiftedLayer, nn.LSTM):  # type: ignore[misc]  # it returns what nn.LSTM returns
+    """A lifted `nn.LSTM`."""
+
+
+class LiftedGRU(LiftedLayer, nn.GRU):  # type: ignore[misc]
+    """A lifted `nn.GRU`."""
+
+
+class LiftedRNN(LiftedLayer, nn.RNN):  # type: ignore[misc]
+    """A lifted `nn.RNN`."""
+
+
+_LIFTED: dict[type[nn.Module], type[LiftedLayer]] = {nn.LSTM: LiftedLSTM, nn.GRU: LiftedGRU, nn.RNN: LiftedRNN}
 
 
 class LiftedModel(nn.Module):
@@ -156,29 +172,22 @@ class LiftedModel(nn.Module):
         return states
 
 
-def lift(eager: Eager, signature: Signature, bind: Callable[[dict[str, LiftedLSTM]], None]) -> LiftedModel:
+def lift(eager: Eager, signature: Signature, bind: Callable[[dict[str, LiftedLayer]], None]) -> LiftedModel:
     """A lifted copy of the model; `bind` gives each of its layers, by path, the `run_layer` of one kind of graph."""
     holder = nn.ModuleDict({"model": copy.deepcopy(eager.module)})
     slot = Slot()
     layers = {}
     for path in eager.recurrent:
         layer = holder.get_submodule(f"model.{path}" if path else "model")
-        layer.__class__ = LiftedLSTM
-        assert isinstance(layer, LiftedLSTM)
+        layer.__class__ = _LIFTED[type(layer)]
+        assert isinstance(layer, LiftedLayer)
         layer.path, layer.slot = path, slot
         layers[path] = layer
     bind(layers)
     return LiftedModel(holder["model"], slot, signature).eval()
 
 
-def layer_weights(module: nn.LSTM, layer: int, direction: str) -> list[list[Tensor]]:
-    """A layer's weights for each direction: weight_ih, weight_hh and, with bias, bias_ih, bias_hh."""
-    suffixes = {"forward": ("",), "reverse": ("_reverse",), "bidirectional": ("", "_reverse")}[direction]
-    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if module.bias else 2]
-    return [[getattr(module, f"{kind}_l{layer}{suffix}") for kind in kinds] for suffix in suffixes]
-
-
-def bind_onnx(layers: dict[str, LiftedLSTM]) -> None:
+def bind_onnx(layers: dict[str, LiftedLayer]) -> None:
     """Layers that call the fused operator, with its weights packed now, so that they are initialisers of the graph."""
     packed: dict[tuple[int, ...], Tensor] = {}
 
@@ -190,25 +199,25 @@ def bind_onnx(layers: dict[str, LiftedLSTM]) -> None:
         return packed[key]
 
     for module in layers.values():
+        kind = kind_of(module)
         for layer in range(module.num_layers):
-            for direction in ("forward", "reverse", "bidirectional") if module.bidirectional else ("forward",):
-                sides = layer_weights(module, layer, direction)
+            for direction in SIDES if module.bidirectional else ("forward",):
+                sides = [weights_of(module, layer, side) for side in SIDES[direction]]
                 name = f"{direction}_{layer}"
-                module.register_buffer(f"w_{name}", share(pack_gates, [side[0] for side in sides]))
-                module.register_buffer(f"r_{name}", share(pack_gates, [side[1] for side in sides]))
+                module.register_buffer(f"w_{name}", share(kind.pack_gates, [side[0] for side in sides]))
+                module.register_buffer(f"r_{name}", share(kind.pack_gates, [side[1] for side in sides]))
                 if module.bias:
-                    biases = [bias for side in sides for bias in side[2:]]
-                    module.register_buffer(f"b_{name}", share(pack_biases, biases))
+                    biases = [bias for side in sides for bias in side[2:4]]
+                    module.register_buffer(f"b_{name}", share(kind.pack_biases, biases))
         module.run_layer = _onnx_layer(module)
 
 
-def _onnx_layer(module: LiftedLSTM) -> RunLayer:
-    def run(
-        layer: int, direction: str, x: Tensor, lengths: Tensor, h_0: Tensor | None, c_0: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        w, r = (getattr(module, f"{letter}_{direction}_{layer}") for letter in "wr")
-        b = getattr(module, f"b_{direction}_{layer}") if module.bias else None
-        results: tuple[Tensor, Tensor, Tensor] = lstm(x, w, r, b, lengths, h_0, c_0, direction)
-        return results
+def _onnx_layer(module: LiftedLayer) -> RunLayer:
+    kind = kind_of(module)
+
+    def run(layer: int, direction: str, x: Tensor, lengths: Tensor, states: States | None) -> tuple[Tensor, States]:
+        w, r, b = (getattr(module, f"{letter}_{direction}_{layer}", None) for letter in "wrb")
+        y, *ended = kind.operator(x, w, r, b, None, lengths, *(states or [None] * len(kind.letters)), direction)
+        return y, tuple(ended)
 
     return run

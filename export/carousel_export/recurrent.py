@@ -1,11 +1,18 @@
 """Which modules are recurrent, which of them can be lifted, and what states they have."""
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from carousel_export.errors import ModelError
+from carousel_export.operators import KINDS, Kind
+
+# What the three kinds of layer have in common.
+Layer = nn.RNNBase
+_LAYERS = (nn.LSTM, nn.GRU, nn.RNN)
+States = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -17,34 +24,36 @@ class StateKind:
     size: int
 
 
-def find_recurrent(model: nn.Module) -> dict[str, nn.LSTM]:
+def find_recurrent(model: nn.Module) -> dict[str, Layer]:
     """The recurrent modules by their path, each once.
 
     Raises `ModelError` where there is none, or one that cannot be lifted; the line names it and the way out.
     """
-    found: dict[str, nn.LSTM] = {}
+    found: dict[str, Layer] = {}
     for path, module in model.named_modules():
         _check_containers(path, module)
         if _is_recurrent(module):
             found[path] = _checked(f"{path or 'the model itself'} ({type(module).__name__})", module)
     if not found:
         raise ModelError(
-            f"{type(model).__name__} has no recurrent layer among its modules; Carousel exports models with nn.LSTM"
+            f"{type(model).__name__} has no recurrent layer among its modules; Carousel exports models with nn.LSTM, "
+            "nn.GRU or nn.RNN"
         )
     return found
 
 
-def _checked(where: str, module: nn.Module) -> nn.LSTM:
+def _checked(where: str, module: nn.Module) -> Layer:
     if is_parametrized(module):
         raise ModelError(
             f"{where} is parametrized; fold that in first: torch.nn.utils.parametrize.remove_parametrizations"
         )
     if _is_quantized(module):
         raise ModelError(f"{where} is quantized; export the float model")
-    if not isinstance(module, nn.LSTM):
-        raise ModelError(f"{where} cannot be exported yet; rewrite it with nn.LSTM")
-    if type(module) is not nn.LSTM:
-        raise ModelError(f"{where} is a subclass of nn.LSTM, whose forward may do anything; use a plain nn.LSTM")
+    if not is_layer(module):
+        names = ", ".join(f"nn.{layer.__name__}" for layer in _LAYERS)
+        if isinstance(module, _LAYERS):
+            raise ModelError(f"{where} is a subclass, whose forward may do anything; use a plain one of {names}")
+        raise ModelError(f"{where} cannot be exported yet; rewrite it with one of {names}")
     if module.proj_size:
         raise ModelError(f"{where} has proj_size={module.proj_size}, which ONNX has no operator for; use proj_size=0")
     return module
@@ -59,18 +68,39 @@ def _check_containers(path: str, module: nn.Module) -> None:
             raise ModelError(f"{where} holds recurrent layers in a plain {type(value).__name__}; use nn.ModuleList")
 
 
-def kind_of(module: nn.Module) -> str:
-    """The layer's kind, as the manifest names it."""
-    return "LSTM" if isinstance(module, nn.LSTM) else type(module).__name__
+def is_layer(module: nn.Module) -> TypeGuard[Layer]:
+    """Whether the module is a recurrent layer as PyTorch has it, and no subclass."""
+    return type(module) in _LAYERS
 
 
-def states_of(module: nn.LSTM) -> tuple[StateKind, ...]:
+def kind_of(module: Layer) -> Kind:
+    """The layer's operator."""
+    return KINDS[module.mode]
+
+
+def states_of(module: Layer) -> tuple[StateKind, ...]:
     """The states of one call of the module, in the order in which PyTorch takes and returns them."""
     rows = module.num_layers * directions_of(module)
-    return (StateKind("h", rows, module.hidden_size), StateKind("c", rows, module.hidden_size))
+    sizes = {"h": module.proj_size or module.hidden_size, "c": module.hidden_size}
+    return tuple(StateKind(letter, rows, sizes[letter]) for letter in kind_of(module).letters)
 
 
-def directions_of(module: nn.LSTM) -> int:
+def as_states(hx: Tensor | States) -> States:
+    """A call's states as PyTorch takes and returns them, a tensor alone or a pair, as a tuple."""
+    return (hx,) if isinstance(hx, Tensor) else tuple(hx)
+
+
+def as_hx(states: States) -> Tensor | States:
+    """`as_states` backwards."""
+    return states[0] if len(states) == 1 else states
+
+
+def weights_of(module: Layer, layer: int, direction: int) -> list[Tensor]:
+    """weight_ih and weight_hh of one layer and direction, with bias then bias_ih and bias_hh."""
+    return list(module.all_weights[layer * directions_of(module) + direction])
+
+
+def directions_of(module: Layer) -> int:
     """2 for a bidirectional layer, else 1."""
     return 2 if module.bidirectional else 1
 

@@ -1,7 +1,7 @@
 """What eager PyTorch answers under each policy: the model as it is, one sequence at a time, no graph code.
 
-Causal and carry feed and fetch the (h, c) of the untouched `nn.LSTM` modules, piece by piece. Full is one plain run.
-Lookahead runs each layer as single-direction `nn.LSTM`s over a block and the frames ahead of it.
+Causal and carry feed and fetch the states of the untouched recurrent modules, piece by piece. Full is one plain run.
+Lookahead runs each layer as modules of one direction over a block and the frames ahead of it.
 """
 
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from carousel_export.eager import Eager, States, run_layer
+from carousel_export.eager import Eager, run_layer
 from carousel_export.errors import ExampleError
 from carousel_export.policies import Full, Lookahead, Piece, Policy
-from carousel_export.recurrent import directions_of
+from carousel_export.recurrent import Layer, States, directions_of, weights_of
 from carousel_export.signature import Port, Signature
 
 
@@ -50,7 +50,7 @@ class Reference:
     def __init__(self, eager: Eager, signature: Signature) -> None:
         self.eager = eager
         self.signature = signature
-        self._single: dict[tuple[nn.LSTM, int, int], nn.LSTM] = {}
+        self._single: dict[tuple[Layer, int, int], Layer] = {}
 
     def run(self, sequence: Stream, policy: Policy) -> Answer:
         """The stream's answer under a policy, cut as the policy cuts it."""
@@ -72,7 +72,7 @@ class Reference:
             pairs = zip(self.signature.contexts, sequence.contexts, strict=True)
             given |= {port.name: port.give(x) for port, x in pairs}
 
-            def answer(call: str, module: nn.LSTM, x: Tensor, piece: Piece = piece) -> tuple[Tensor, States]:
+            def answer(call: str, module: Layer, x: Tensor, piece: Piece = piece) -> tuple[Tensor, States]:
                 unbatched = x.dim() == 2
                 if lookahead:
                     y, memory[call] = self._lookahead(module, x, memory[call], piece.block)
@@ -109,7 +109,7 @@ class Reference:
         taken = port.take(y)
         return taken[: piece.block] if port.timed else taken
 
-    def _lookahead(self, module: nn.LSTM, x: Tensor, states: States, block: int) -> tuple[Tensor, States]:
+    def _lookahead(self, module: Layer, x: Tensor, states: States, block: int) -> tuple[Tensor, States]:
         """A layer stack by the blueprint's words; the state it gives on has zeros for the backward directions."""
         batched = x.unsqueeze(1) if x.dim() == 2 else x.transpose(0, 1) if module.batch_first else x
         directions = directions_of(module)
@@ -131,16 +131,20 @@ class Reference:
         y = batched.squeeze(1) if x.dim() == 2 else batched.transpose(0, 1) if module.batch_first else batched
         return y, ended
 
-    def _direction(self, module: nn.LSTM, layer: int, direction: int) -> nn.LSTM:
-        """An eager `nn.LSTM` of one layer and one direction with the module's weights."""
+    def _direction(self, module: Layer, layer: int, direction: int) -> Layer:
+        """An eager module of one layer and one direction with the module's weights."""
         key = (module, layer, direction)
         if key not in self._single:
-            size = module.input_size if layer == 0 else module.hidden_size * directions_of(module)
-            single = nn.LSTM(size, module.hidden_size, bias=module.bias)
-            suffix = f"_l{layer}" + ("_reverse" if direction else "")
-            kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if module.bias else 2]
+            size = module.input_size if layer == 0 else (module.proj_size or module.hidden_size) * directions_of(module)
+            single: Layer
+            if isinstance(module, nn.LSTM):
+                single = nn.LSTM(size, module.hidden_size, bias=module.bias, proj_size=module.proj_size)
+            elif isinstance(module, nn.GRU):
+                single = nn.GRU(size, module.hidden_size, bias=module.bias)
+            else:
+                single = nn.RNN(size, module.hidden_size, bias=module.bias, nonlinearity=module.nonlinearity)
             with torch.no_grad():
-                for kind in kinds:
-                    getattr(single, f"{kind}_l0").copy_(getattr(module, kind + suffix))
+                for mine, its in zip(weights_of(single, 0, 0), weights_of(module, layer, direction), strict=True):
+                    mine.copy_(its)
             self._single[key] = single.eval().requires_grad_(False)
         return self._single[key]

@@ -37,9 +37,9 @@ def render(manifest: Manifest, parity: Entry) -> str:
         .render(
             manifest=manifest,
             parity=parity,
-            # Not parity["maximum"] alone: a page must not say "within" over a table that says otherwise.
-            within=all(check["max_abs_error"] <= tolerance for check in checks),
-            worst=max(checks, key=lambda check: _sortable(check["max_abs_error"]), default=None),
+            # Not parity["share"] alone: a page must not say "within" over a table that says otherwise.
+            within=all(check["share"] <= 1 for check in checks),
+            worst=max(checks, key=lambda check: _sortable(check["share"]), default=None),
             groups=_grouped(checks, lambda check: (policy_name(check["policy"]), check["runtime"])),
             state_bytes=sum(_state_bytes(state) for state in manifest.states),
             errors=[_error_figure(output, series, tolerance) for output, series in errors.items()],

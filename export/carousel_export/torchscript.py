@@ -10,9 +10,10 @@ from torch import Tensor
 from carousel_export.eager import Eager
 from carousel_export.errors import GraphError, one_line
 from carousel_export.graph import trace_inputs
-from carousel_export.lift import LiftedLSTM, RunLayer, layer_weights, lift
-from carousel_export.lstm import ragged_lstm
+from carousel_export.lift import SIDES, LiftedLayer, RunLayer, lift
+from carousel_export.operators import ragged
 from carousel_export.quiet import quiet
+from carousel_export.recurrent import States, states_of, weights_of
 from carousel_export.signature import Signature
 
 TORCHSCRIPT = "model.pt"
@@ -44,21 +45,22 @@ def write_torchscript(
 
 
 @functools.cache
-def _scripted() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def _scripted() -> Callable[..., tuple[Tensor, list[Tensor]]]:
     with quiet():
-        return torch.jit.script(ragged_lstm)
+        return torch.jit.script(ragged)
 
 
-def _bind_torchscript(layers: dict[str, LiftedLSTM]) -> None:
+def _bind_torchscript(layers: dict[str, LiftedLayer]) -> None:
     for module in layers.values():
         module.run_layer = _scripted_layer(module)
 
 
-def _scripted_layer(module: LiftedLSTM) -> RunLayer:
-    def run(
-        layer: int, direction: str, x: Tensor, lengths: Tensor, h_0: Tensor | None, c_0: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        weights = [tensor for side in layer_weights(module, layer, direction) for tensor in side]
-        return _scripted()(x, lengths, h_0, c_0, weights, bool(module.bias), direction)
+def _scripted_layer(module: LiftedLayer) -> RunLayer:
+    def run(layer: int, direction: str, x: Tensor, lengths: Tensor, states: States | None) -> tuple[Tensor, States]:
+        sides = SIDES[direction]
+        weights = [tensor for side in sides for tensor in weights_of(module, layer, side)]
+        starts = states or [x.new_zeros(len(sides), x.size(1), state.size) for state in states_of(module)]
+        y, ended = _scripted()(module.mode, x, lengths, list(starts), weights, bool(module.bias), direction)
+        return y, tuple(ended)
 
     return run

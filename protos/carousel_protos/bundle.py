@@ -108,9 +108,7 @@ class BundleWriter:
     def commit(self, manifest: Manifest) -> Bundle:
         """List every file written to `path` in the manifest, write it, and put the bundle in its place."""
         manifest.format, manifest.name, manifest.version = FORMAT, self.name, self.version
-        del manifest.files[:]
-        for file in sorted(self.path.iterdir()):
-            manifest.files.append(File(path=file.name, sha256=sha256(file), bytes=file.stat().st_size))
+        self.list_files(manifest)
         text = json_format.MessageToJson(manifest, preserving_proto_field_name=True, ensure_ascii=False)
         (self.path / MANIFEST).write_text(text + "\n", encoding="utf-8")
         self.path.chmod(0o755)
@@ -121,6 +119,12 @@ class BundleWriter:
                 f"{self.target} appeared while it was written ({error.strerror}); export again"
             ) from error
         return Bundle(self.target, manifest)
+
+    def list_files(self, manifest: Manifest) -> None:
+        """List the files that are written so far, in the place of those that were listed before."""
+        del manifest.files[:]
+        for file in sorted(self.path.iterdir()):
+            manifest.files.append(File(path=file.name, sha256=sha256(file), bytes=file.stat().st_size))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

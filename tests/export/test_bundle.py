@@ -149,7 +149,17 @@ def test_parity_report(bundle: Bundle) -> None:
     assert proof["maximum"] == max(c["max_abs_error"] for c in proof["checks"]) <= proof["tolerance"] == 1e-5
     assert max(len(series["frame"]) for series in proof["error_over_time"]) >= 300
     assert proof["lookahead_curve"][0]["policy"] == {"kind": "POLICY_KIND_CARRY", "block": 1, "ahead": 0}
-    assert "logits" in bundle.file("report.html").read_text()
+    page = bundle.file("report.html").read_text()
+    assert "logits" in page
+    listed = {entry.path: entry.sha256 for entry in bundle.manifest.files}
+    assert {name for name, digest in listed.items() if digest in page} == listed.keys() - {"report.html"}
+    curve = {(point["policy"]["block"], point["policy"]["ahead"]) for point in proof["lookahead_curve"]}
+    assert {(block, ahead) for block in (1, 8) for ahead in (0, 1, 2, 4, 8, 16)} <= curve
+
+
+def test_files_have_one_mode(bundle: Bundle) -> None:
+    """Every file of a bundle can be read by whom the others can be read by."""
+    assert len({file.stat().st_mode for file in bundle.path.iterdir()}) == 1
 
 
 def test_the_callers_model_is_untouched(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,5 +1,6 @@
 """The parity gate: what differs from eager PyTorch does not become a bundle, and does not pass for one."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -100,6 +101,33 @@ def test_one_changed_weight_is_found(bundle: Bundle, net: Net, tmp_path: Path, f
     onnx.save(graph, folder / file)
     with pytest.raises(cx.ParityError, match=f"onnxruntime under {policy}"):
         cx.parity(Bundle(folder, bundle.manifest), net)
+
+
+class Loud(Net):
+    """Logits over 150, as an untamed linear layer gives them, with an error in the graph relative to their size."""
+
+    def __init__(self, error: float) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.fc = nn.Linear(8, 3)
+        self.error = error
+        with torch.no_grad():
+            self.fc.weight *= 300
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(super().forward(x)) * (1 + self.error if torch.compiler.is_exporting() else 1)
+
+
+def test_tolerance_follows_the_outputs_scale(tmp_path: Path) -> None:
+    """Large logits may be off by 1e-5 of the largest of them and by no more; the manifest and the proof say so."""
+    bundle = cx.export(Loud(4e-6), X, name="loud", out=tmp_path)
+    proof = json.loads(bundle.file("parity.json").read_text())
+    assert bundle.manifest.tolerance.absolute == bundle.manifest.tolerance.relative == 1e-5
+    assert max(abs(check["worst"]["wanted"]) for check in proof["checks"]) > 150
+    assert proof["maximum"] > 1e-4
+    assert proof["share"] == max(check["share"] for check in proof["checks"]) <= 1
+    with pytest.raises(cx.ParityError, match="times the tolerance"):
+        cx.export(Loud(4e-5), X, name="louder", out=tmp_path)
 
 
 def test_given_data_is_tried(net: Net, tmp_path: Path) -> None:

@@ -15,56 +15,66 @@ from carousel_protos.bundle import Bundle
 torch.set_num_threads(1)
 
 TOLERANCE = 1e-5
-State = tuple[Tensor, Tensor]
+# h alone, or h and c.
+State = tuple[Tensor, ...]
 
 
 class Net(nn.Module):
-    """An LSTM and a linear layer; `sizes`: input, hidden, classes."""
+    """A recurrent layer and a linear one; `sizes`: input, hidden, classes."""
 
-    def __init__(self, *, sizes: tuple[int, int, int] = (5, 7, 3), **lstm: bool | int) -> None:
+    def __init__(
+        self, kind: type[nn.RNNBase] = nn.LSTM, *, sizes: tuple[int, int, int] = (5, 7, 3), **options: bool | int | str
+    ) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(sizes[0], sizes[1], **lstm)
-        self.fc = nn.Linear(sizes[1] * (2 if self.lstm.bidirectional else 1), sizes[2])
+        self.rnn = kind(sizes[0], sizes[1], **options)
+        self.fc = nn.Linear((self.rnn.proj_size or sizes[1]) * (2 if self.rnn.bidirectional else 1), sizes[2])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.lstm(x)[0])
+        return self.fc(self.rnn(x)[0])
 
 
-def oriented(x: Tensor, lstm: nn.LSTM) -> Tensor:
+def call(rnn: nn.RNNBase, x: Tensor, state: State) -> tuple[Tensor, State]:
+    """The module called with a state, which a GRU or RNN takes and returns without a tuple around it."""
+    y, ended = rnn(x, state if len(state) == 2 else state[0])
+    return y, ended if len(state) == 2 else (ended,)
+
+
+def oriented(x: Tensor, rnn: nn.RNNBase) -> Tensor:
     """`[time, features]` as a batch of one."""
-    return x.unsqueeze(0 if lstm.batch_first else 1)
+    return x.unsqueeze(0 if rnn.batch_first else 1)
 
 
 @torch.no_grad()
 def carried(net: Net, x: Tensor, state: State, sizes: Sequence[int]) -> tuple[Tensor, State]:
-    """The net called block by block with its own (h, c): x `[time, features]`, states `[layers × directions, size]`."""
+    """The net called block by block with its own state: x `[time, features]`, states `[layers × directions, size]`."""
     held = tuple(s.unsqueeze(1) for s in state)
     outputs = []
     for block in torch.split(x, list(sizes)):
-        y, held = net.lstm(oriented(block, net.lstm), held)
+        y, held = call(net.rnn, oriented(block, net.rnn), held)
         outputs.append(net.fc(y).reshape(len(block), -1))
-    return torch.cat(outputs), (held[0].squeeze(1), held[1].squeeze(1))
+    return torch.cat(outputs), tuple(s.squeeze(1) for s in held)
 
 
 @torch.no_grad()
 def looked_ahead(net: Net, block: Tensor, ahead: Tensor, state: State) -> tuple[Tensor, State]:
-    """One latency-controlled block: each layer an `nn.LSTM` of its own, run over block and ahead, then the block alone.
+    """One latency-controlled block: each layer a module of its own, run over block and ahead, then the block alone.
 
     Forward starts from what is carried and backward from zero, so one bidirectional run over both parts has both
     answers, and the run over the block has the forward state that is carried on.
     """
-    directions = 2 if net.lstm.bidirectional else 1
-    h, c = (torch.zeros_like(s) for s in state)
+    directions = 2 if net.rnn.bidirectional else 1
+    ended = tuple(torch.zeros_like(s) for s in state)
     part = torch.cat([block, ahead])
-    for i in range(net.lstm.num_layers):
-        layer = _layer(net.lstm, i)
+    for i in range(net.rnn.num_layers):
+        layer = _layer(net.rnn, i)
         before = tuple(s[i * directions : (i + 1) * directions].clone() for s in state)
         for s in before:
             s[1:] = 0
-        _, after = layer(part[: len(block)], before)
-        part, _ = layer(part, before)
-        h[i * directions], c[i * directions] = after[0][0], after[1][0]
-    return net.fc(part[: len(block)]), (h, c)
+        _, after = call(layer, part[: len(block)], before)
+        part, _ = call(layer, part, before)
+        for end, s in zip(ended, after, strict=True):
+            end[i * directions] = s[0]
+    return net.fc(part[: len(block)]), ended
 
 
 def looked_ahead_stream(net: Net, x: Tensor, state: State, block: int, ahead: int) -> Tensor:
@@ -76,11 +86,13 @@ def looked_ahead_stream(net: Net, x: Tensor, state: State, block: int, ahead: in
     return torch.cat(outputs)
 
 
-def _layer(lstm: nn.LSTM, i: int) -> nn.LSTM:
-    directions = 2 if lstm.bidirectional else 1
-    size = lstm.hidden_size * directions if i else lstm.input_size
-    layer = nn.LSTM(size, lstm.hidden_size, bias=lstm.bias, bidirectional=lstm.bidirectional)
-    weights = {name.replace(f"_l{i}", "_l0"): w for name, w in lstm.named_parameters() if f"_l{i}" in name}
+def _layer(rnn: nn.RNNBase, i: int) -> nn.RNNBase:
+    directions = 2 if rnn.bidirectional else 1
+    size = (rnn.proj_size or rnn.hidden_size) * directions if i else rnn.input_size
+    options = {"proj_size": rnn.proj_size} if rnn.mode == "LSTM" else {}
+    options |= {} if rnn.mode in {"LSTM", "GRU"} else {"nonlinearity": rnn.nonlinearity}
+    layer = type(rnn)(size, rnn.hidden_size, bias=rnn.bias, bidirectional=rnn.bidirectional, **options)
+    weights = {name.replace(f"_l{i}", "_l0"): w for name, w in rnn.named_parameters() if f"_l{i}" in name}
     layer.load_state_dict(weights)
     return layer
 

@@ -31,7 +31,7 @@ def test_lookahead_stream(exported: Exported, net: Net, block: int, ahead: int) 
             part, after = x[at : at + block], x[at + block : at + block + ahead]
             feeds = (part[None], after[None], int32(len(part)), int32(len(after)))
             found = exported.run("lookahead.onnx", *feeds, *states)[runtime]
-            states = [found["lstm.h_n"], found["lstm.c_n"]]
+            states = [found["rnn.h_n"], found["rnn.c_n"]]
             outputs.append(found["output"][0])
         assert_close(torch.cat(outputs), wanted)
 
@@ -45,7 +45,7 @@ def test_carry_stream(exported: Exported, net: Net, sizes: list[int]) -> None:
     outputs = []
     for part in torch.split(x, sizes):
         found, _ = exported.run("model.onnx", part[None], int32(len(part)), *states)
-        states = [found["lstm.h_n"], found["lstm.c_n"]]
+        states = [found["rnn.h_n"], found["rnn.c_n"]]
         outputs.append(found["output"][0])
     assert_close(torch.cat(outputs), wanted)
     assert_close(states[0][0], h)
@@ -62,7 +62,7 @@ def test_looking_to_the_end_is_offline(exported: Exported, net: Net) -> None:
         part, after = x[at : at + 6], x[at + 6 :]
         feeds = (part[None], after[None], int32(len(part)), int32(len(after)))
         found, _ = exported.run("lookahead.onnx", *feeds, *states)
-        states = [found["lstm.h_n"], found["lstm.c_n"]]
+        states = [found["rnn.h_n"], found["rnn.c_n"]]
         outputs.append(found["output"][0])
     assert_close(torch.cat(outputs), wanted)
 
@@ -79,5 +79,5 @@ def test_backward_rows_of_a_lookahead_state_are_nothing(exported: Exported) -> N
         exported.run("lookahead.onnx", *feeds, *states), exported.run("lookahead.onnx", *feeds, *other), strict=True
     ):
         assert torch.equal(one["output"][0], two["output"][0])
-        assert not one["lstm.h_n"][:, 1::2].any()
-        assert not one["lstm.c_n"][:, 1::2].any()
+        assert not one["rnn.h_n"][:, 1::2].any()
+        assert not one["rnn.c_n"][:, 1::2].any()
