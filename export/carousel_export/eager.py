@@ -1,6 +1,5 @@
 """The caller's model as eager PyTorch runs it: a private copy, and the recurrent calls that it makes."""
 
-import copy
 import functools
 import logging
 from collections import Counter
@@ -14,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from carousel_export.errors import ExampleError, ExportError, ModelError, one_line
+from carousel_export.fold import copy_module, fold
 from carousel_export.recurrent import Layer, States, as_hx, as_states, find_recurrent, kind_of
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Eager:
         if isinstance(model, torch.jit.ScriptModule) or not isinstance(model, nn.Module):
             raise ModelError(f"what was given is of type {type(model).__name__}; give the torch.nn.Module itself")
         try:
-            self.module = copy.deepcopy(model).cpu()
+            self.module = copy_module(model).cpu().eval()
         except Exception as error:
             raise ModelError(
                 f"{type(model).__name__} cannot be copied ({one_line(error)}); make its tensors parameters or buffers"
@@ -51,7 +51,12 @@ class Eager:
         _check_weights(self.module)
         if model.training:
             log.info("%s was in training mode: its copy is exported in evaluation mode", type(model).__name__)
-        self.module.eval().requires_grad_(False)
+        fold(self.module)
+        # The names of the parameters that training would change.
+        self.trainable = frozenset(
+            name for name, each in self.module.named_parameters(remove_duplicate=False) if each.requires_grad
+        )
+        self.module.requires_grad_(False)
         self.recurrent = find_recurrent(self.module)
         for path, layer in self.recurrent.items():
             if layer.dropout:

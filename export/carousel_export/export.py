@@ -15,13 +15,13 @@ from carousel_export.draw import Draw, example_samples, given_streams
 from carousel_export.eager import Eager, call_name
 from carousel_export.errors import ExampleError, ExportError
 from carousel_export.experiments import Findings, choose, find_policies
+from carousel_export.figures import Figures, measure
 from carousel_export.gate import TOLERANCE, prove
 from carousel_export.golden import GOLDEN, read_samples, write_golden
 from carousel_export.graph import LOOKAHEAD, MODEL, write_graph
 from carousel_export.links import find_links
 from carousel_export.policies import Lookahead, Policy, from_message, to_message
 from carousel_export.quiet import undisturbed
-from carousel_export.recurrent import directions_of, kind_of
 from carousel_export.reference import Reference
 from carousel_export.report import render
 from carousel_export.signature import LENGTHS, Port, Signature, State
@@ -86,7 +86,8 @@ def export(
             write_torchscript(writer.path / TORCHSCRIPT, eager, signature, example, lookahead=lookahead)
             proof = prove(writer.path, reference, draw, policies, ragged=findings.ragged)
             write_golden(writer.path / GOLDEN, reference, draw, policies)
-            manifest = _manifest(eager, signature, findings, default, policies)
+            figures = measure(eager, signature, example)
+            manifest = _manifest(figures, signature, findings, default, policies)
             manifest.name, manifest.version = name, writer.version
             for output, values in named_labels.items():
                 manifest.labels[output].values.extend(values)
@@ -143,7 +144,7 @@ def _labels(signature: Signature, labels: Mapping[str, Sequence[str]] | Sequence
 
 
 def _manifest(
-    eager: Eager, signature: Signature, findings: Findings, default: Policy, policies: Sequence[Policy]
+    figures: Figures, signature: Signature, findings: Findings, default: Policy, policies: Sequence[Policy]
 ) -> pb.Manifest:
     messages = [to_message(policy) for policy in policies]
     graphs = [(MODEL, [m.kind for m in messages if m.kind != pb.POLICY_KIND_LOOKAHEAD])]
@@ -160,30 +161,13 @@ def _manifest(
         ragged=findings.ragged,
         graphs=[pb.Graph(file=file, policies=kinds, variant="float32") for file, kinds in graphs],
         torchscript=TORCHSCRIPT,
-        layers=_layers(eager, signature),
-        parameters=sum(parameter.numel() for parameter in eager.module.parameters()),
+        layers=figures.layers,
+        parameters=figures.parameters,
+        trainable_parameters=figures.trainable,
+        flops_per_frame=figures.flops,
         tolerance=pb.Tolerance(absolute=TOLERANCE, relative=TOLERANCE),
     )
     for package in ("carousel", "onnx", "onnxruntime", "onnxscript", "torch"):
         manifest.made_with[package] = importlib.metadata.version(package)
     manifest.made_with["python"] = platform.python_version()
     return manifest
-
-
-def _layers(eager: Eager, signature: Signature) -> list[pb.RecurrentLayer]:
-    modules = {call_name(path, module, 0): module for path, module in eager.recurrent.items()}
-    layers = []
-    for call in dict.fromkeys(state.call for state in signature.states):
-        module = modules[call.partition(".call")[0]]
-        layers.append(
-            pb.RecurrentLayer(
-                name=call,
-                kind=kind_of(module).name,
-                input_size=module.input_size,
-                hidden_size=module.hidden_size,
-                num_layers=module.num_layers,
-                num_directions=directions_of(module),
-                parameters=sum(parameter.numel() for parameter in module.parameters()),
-            )
-        )
-    return layers

@@ -17,6 +17,7 @@ from carousel_export.lift import LiftedModel, bind_onnx, lift
 from carousel_export.operators import OPSET, TRANSLATIONS
 from carousel_export.quiet import quiet
 from carousel_export.signature import AHEAD, BATCH, LENGTHS, TIME, TIME_AHEAD, Dims, Signature
+from carousel_export.tied import tie
 
 MODEL, LOOKAHEAD = "model.onnx", "lookahead.onnx"
 
@@ -53,6 +54,7 @@ def write_graph(
             f"{eager.name} could not be exported to {path.name}: {_cause(error)}; write its forward without branches "
             "on values and without sizes taken from the example"
         ) from error
+    tie(path)
     _check_dims(path, dims, signature)
 
 

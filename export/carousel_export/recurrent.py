@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from carousel_export.errors import ModelError
 from carousel_export.operators import KINDS, Kind
@@ -43,10 +42,6 @@ def find_recurrent(model: nn.Module) -> dict[str, Layer]:
 
 
 def _checked(where: str, module: nn.Module) -> Layer:
-    if is_parametrized(module):
-        raise ModelError(
-            f"{where} is parametrized; fold that in first: torch.nn.utils.parametrize.remove_parametrizations"
-        )
     if _is_quantized(module):
         raise ModelError(f"{where} is quantized; export the float model")
     if not is_layer(module):

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import carousel_export as cx
@@ -75,12 +74,6 @@ REFUSED = {
     "subclass": (Around(OwnLSTM(5, 4)), X, cx.ModelError, ["inner (OwnLSTM)", "plain one of nn.LSTM"]),
     "nothing recurrent": (nn.Linear(5, 4), X, cx.ModelError, ["Linear has no recurrent layer"]),
     "in a plain list": (InAList(), X, cx.ModelError, ["layers", "plain list", "nn.ModuleList"]),
-    "parametrized": (
-        Around(weight_norm(lstm(), "weight_hh_l0")),
-        X,
-        cx.ModelError,
-        ["inner", "remove_parametrizations"],
-    ),
     "squeezed": (Around(lstm(), lambda m, x: m(x)[0].sum(-1).squeeze()), X, cx.ExampleError, ["'output'", "squeeze"]),
     "never called": (Around(lstm(), lambda _, x: x), X, cx.ModelError, ["inner", "did not call"]),
     "not a module": ("model.pt", X, cx.ModelError, ["str", "torch.nn.Module"]),

@@ -102,9 +102,15 @@ def make_manifest(name: str = "tagger", output: str = "logits") -> pb.Manifest:
                 num_layers=1,
                 num_directions=2,
                 parameters=25_088,
+                trainable_parameters=12_544,
+                layer_parameters=[25_088],
+                state_bytes=512,
+                flops_per_frame=49_152,
             )
         ],
         parameters=443_628,
+        trainable_parameters=430_084,
+        flops_per_frame=105_216,
         labels={output: pb.Labels(values=[f"label{i}" for i in range(20)])},
         metadata={"licence": "Apache-2.0"},
         tolerance=pb.Tolerance(absolute=1e-5),
@@ -193,7 +199,10 @@ def test_manifest_is_shown() -> None:
     assert "512 B" in words  # 2 states × 2 directions × 32 × 4 bytes
     assert ["tokens", "int64", "[batch, time]", "[batch, time]"] in rows
     assert ["lstm.h_0 → lstm.h_n", "float32", "[batch, 2, 32]", "of lstm"] in rows
-    assert ["lstm", "LSTM", "64", "32", "1", "2", "25,088"] in rows
+    layer = ["lstm", "LSTM", "64", "32", "1", "2", "25,088", "25,088", "12,544", "512 B", "49,152"]
+    assert layer in rows
+    assert "430,084" in words
+    assert "105,216" in words
     assert ["model.onnx", "1.6 MB", "ab" * 32] in rows
     assert ["parity.json", "812 B", "ef" * 32] in rows
     assert {"carry", "lookahead(8, 4)", "full"} <= {row[0] for row in rows}
