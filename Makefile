@@ -10,7 +10,7 @@ TORCH_INDEX_URL ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 PACKAGES := $(foreach room,protos export server client cli,-p carousel_$(room))
 
-.PHONY: help run serve test lint format protos clean
+.PHONY: help run serve test lint format systems bench protos clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -40,10 +40,17 @@ lint: $(READY) ## Style, strict types, import boundaries, stale generated code
 	@$(BIN)/mypy $(PACKAGES)
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python protos/generate.py --check
+	@$(BIN)/python -m tests.support.systems --check > /dev/null
 
 format: $(READY) ## Put the code in its form
 	@$(BIN)/ruff check --fix --quiet
 	@$(BIN)/ruff format --quiet
+
+systems: $(READY) ## Write README's table of supported models from the tests that prove it
+	@$(BIN)/python -m tests.support.systems > /dev/null
+
+bench: $(READY) ## Carousel, servers by hand and the raw onnxruntime call side by side; under ten minutes
+	@$(BIN)/python -m bench.run
 
 protos: $(READY) ## Generate Python from the .proto files
 	@$(BIN)/python protos/generate.py
