@@ -11,6 +11,7 @@ from tests.support.stream import RawStream, array, chunk_item, close_item, open_
 
 from carousel_protos.v1 import carousel_pb2 as pb
 from carousel_protos.v1.carousel_pb2_grpc import CarouselStub
+from carousel_server.serve import Server
 
 TOLERANCE = 1e-5
 
@@ -252,3 +253,21 @@ async def test_infer_takes_ragged_rows(channel: grpc.aio.Channel):
         wanted = whole(model, torch.from_numpy(x[row, :length])).numpy()
         assert np.abs(y[row, :length] - wanted).max() <= TOLERANCE
         assert not y[row, length:].any()
+
+
+async def test_a_fault_in_a_step_fails_its_rows_and_the_model_turns_on(
+    channel: grpc.aio.Channel, server: Server, monkeypatch
+):
+    """Even a bug of the runner's own fails only the chunks it met, says nothing of its inside, and moves no state."""
+    model = server.engine.catalogue.get("speaker")
+    wanted = whole(make(Speaker), torch.arange(6)).numpy()
+    async with RawStream(channel) as stream:
+        await stream.ask(open_item("s", "speaker"))
+        monkeypatch.setattr(model._runner, "run", lambda _: {}["a secret"])
+        failed = await stream.ask(chunk_item("s", 0, np.arange(3)))
+        assert failed.failed.status.code == grpc.StatusCode.INTERNAL.value[0]
+        assert "secret" not in failed.failed.status.message
+        monkeypatch.undo()
+        answers = [await stream.ask(chunk_item("s", index, np.arange(3) + 3 * index)) for index in range(2)]
+        got = np.concatenate([array(answer.result.tensors[0]) for answer in answers])
+        assert np.abs(got - wanted).max() <= TOLERANCE

@@ -112,7 +112,7 @@ class Catalogue:
             ) from error
         entry.model = model
         entry.task = asyncio.create_task(model.turn_forever(), name=f"steps of {name}/{entry.version}")
-        entry.task.add_done_callback(_report)
+        entry.task.add_done_callback(lambda task: self._stopped(entry, task))
         self._mark(entry, ModelState.MODEL_STATE_SERVING)
         log.info("serving %s version %s on %s", name, entry.version, self._config.device)
         return entry
@@ -163,11 +163,14 @@ class Catalogue:
         await asyncio.wait([entry.task])
         await asyncio.to_thread(model.shut)
 
+    def _stopped(self, entry: Entry, task: asyncio.Task[None]) -> None:
+        """Steps ended; if nobody asked them to, the model is served no more, and health says so."""
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        log.critical("%s ended", task.get_name(), exc_info=error)
+        entry.model = None
+        self._mark(entry, ModelState.MODEL_STATE_FAILED, f"its steps ended ({type(error).__name__}); load it again")
+
     def _mark(self, entry: Entry, state: ModelState.ValueType, reason: str = "") -> None:
         entry.state, entry.reason = state, reason
         self.on_change(entry.name)
-
-
-def _report(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        log.critical("%s stopped", task.get_name(), exc_info=error)

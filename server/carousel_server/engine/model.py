@@ -1,6 +1,7 @@
 """A model that is served: its graphs, its arena, its scheduler, and the turning of steps: schedule, run, commit."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from carousel_server.errors import (
     TensorError,
     TooLargeError,
 )
+
+log = logging.getLogger("carousel")
 
 
 @dataclass(slots=True)
@@ -258,6 +261,10 @@ class Model:
         except RunError as error:
             if len(step.blocks) == 1:
                 return [(step, error)]
+        except Exception as error:  # a fault of ours must not stop the turning for everybody
+            log.exception("a step of %s failed", self.name)
+            if len(step.blocks) == 1:
+                return [(step, RunError(f"{type(error).__name__}, see the server's log", rejected=False))]
         finally:
             self.counters.run_seconds += perf_counter() - started
         return [outcome for block in step.blocks for outcome in self._run(Step(step.graph, [block]))]
