@@ -1,9 +1,11 @@
 """The caller's model as eager PyTorch runs it: a private copy, and the recurrent calls that it makes."""
 
 import functools
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from math import isqrt
 from typing import Any
 
 import torch
@@ -66,6 +68,12 @@ class Eager:
     def name(self) -> str:
         """The model's class."""
         return type(self.module).__name__
+
+    def free_sizes(self, count: int, least: int = 2) -> list[int]:
+        """Primes from `least` on that are no size of the model's tensors: axes of these sizes tell themselves apart."""
+        taken = {size for tensor in (*self.module.parameters(), *self.module.buffers()) for size in tensor.shape}
+        free = (n for n in itertools.count(least) if n not in taken and all(n % k for k in range(2, isqrt(n) + 1)))
+        return list(itertools.islice(free, count))
 
     def run(self, inputs: Sequence[Tensor], handler: Handler = plain) -> list[Tensor]:
         """The model's outputs, flattened, with every recurrent call answered by `handler`.

@@ -10,6 +10,7 @@ from carousel_export.draw import Draw
 from carousel_export.eager import run_layer
 from carousel_export.errors import ExampleError, PolicyError
 from carousel_export.policies import Carry, Causal, Full, Lookahead, Piece, Policy
+from carousel_export.ragged import RaggedTime
 from carousel_export.recurrent import Layer, States
 from carousel_export.reference import Reference
 
@@ -147,36 +148,39 @@ def _joins(whole: Tensor, parts: Sequence[Tensor], pieces: Sequence[Piece]) -> b
 
 
 def _is_ragged(reference: Reference, draw: Draw) -> bool:
-    """Whether a row beside a longer one is answered as it is alone, once the recurrent layers know its length."""
+    """Whether a row beside longer ones is answered as it is alone, once all that takes time knows its length."""
     signature, eager = reference.signature, reference.eager
-    lengths = (_FRAMES, 9)
+    rows, frames = eager.free_sizes(2, _FRAMES)
+    lengths = [max(1, frames - 3 * row) for row in range(rows)]
     # One context: rows whose contexts have different sizes never meet.
     contexts = draw.contexts()
     streams = [replace(draw.stream(length), contexts=contexts) for length in lengths]
     alone = [reference.run(stream, Full()).outputs for stream in streams]
-    padding = draw.stream(_FRAMES)
-    rows = [
+    padding = draw.stream(frames)
+    padded = [
         (*(torch.cat([x, pad[len(x) :]]) for x, pad in zip(stream.inputs, padding.inputs, strict=True)), *contexts)
         for stream in streams
     ]
     ports = (*signature.inputs, *signature.contexts)
-    batches = signature.arrange(
-        {port.name: port.feed(torch.stack(column)) for port, column in zip(ports, zip(*rows, strict=True), strict=True)}
-    )
+    columns = zip(ports, zip(*padded, strict=True), strict=True)
+    batches = signature.arrange({port.name: port.feed(torch.stack(column)) for port, column in columns})
+    ragged = RaggedTime(torch.tensor(lengths), rows, frames)
 
     def by_row(_call: str, module: Layer, x: Tensor) -> tuple[Tensor, States]:
         batch, time = (0, 1) if module.batch_first else (1, 0)
         answers = []
-        for row, length in enumerate(lengths):
-            y, states = run_layer(module, x.narrow(batch, row, 1).narrow(time, 0, length), None)
-            gap = list(y.shape)
-            gap[time] = x.shape[time] - length
-            answers.append((torch.cat([y, y.new_zeros(gap)], time), states))
-        return torch.cat([y for y, _ in answers], batch), tuple(
-            torch.cat(column, 1) for column in zip(*(states for _, states in answers), strict=True)
-        )
+        with ragged.suspended():
+            for row, length in enumerate(lengths):
+                y, states = run_layer(module, x.narrow(batch, row, 1).narrow(time, 0, length), None)
+                gap = list(y.shape)
+                gap[time] = x.shape[time] - length
+                answers.append((torch.cat([y, y.new_zeros(gap)], time), states))
+            return torch.cat([y for y, _ in answers], batch), tuple(
+                torch.cat(column, 1) for column in zip(*(states for _, states in answers), strict=True)
+            )
 
-    together = eager.run(batches, by_row)
+    with ragged:
+        together = eager.run(batches, by_row)
     for port, y, *wanted in zip(signature.outputs, together, *alone, strict=True):
         for row, (value, length) in enumerate(zip(wanted, lengths, strict=True)):
             got = port.fetch(y)[row]

@@ -5,6 +5,7 @@ import json
 import logging
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from carousel_export.axes import find_signature
 from carousel_export.draw import Draw, example_samples, given_streams
 from carousel_export.eager import Eager, call_name
 from carousel_export.errors import ExampleError, ExportError
-from carousel_export.experiments import Findings, choose, find_policies
+from carousel_export.experiments import choose, find_policies
 from carousel_export.figures import Figures, measure
 from carousel_export.gate import TOLERANCE, prove
 from carousel_export.golden import GOLDEN, read_samples, write_golden
@@ -75,6 +76,7 @@ def export(
         reference = Reference(eager, signature)
         draw = Draw(signature, example_samples(signature, example), given_streams(signature, data))
         findings = find_policies(reference, draw)
+        signature = replace(signature, ragged=findings.ragged)
         default, policies = choose(policy, findings)
         if findings.reason:
             log.info("%s allows %s only: %s", name, type(default).__name__.lower(), findings.reason)
@@ -87,7 +89,7 @@ def export(
             proof = prove(writer.path, reference, draw, policies, ragged=findings.ragged)
             write_golden(writer.path / GOLDEN, reference, draw, policies)
             figures = measure(eager, signature, example)
-            manifest = _manifest(figures, signature, findings, default, policies)
+            manifest = _manifest(figures, signature, default, policies)
             manifest.name, manifest.version = name, writer.version
             for output, values in named_labels.items():
                 manifest.labels[output].values.extend(values)
@@ -115,6 +117,7 @@ def parity(bundle: Bundle, model: nn.Module) -> dict[str, Any]:
             bidirectional=any(layer.num_directions == 2 for layer in manifest.layers),
             contexts=tuple(Port.from_message(port) for port in manifest.contexts),
             arguments=tuple(manifest.arguments),
+            ragged=manifest.ragged,
         )
         paths = {state.call.partition(".call")[0] for state in signature.states}
         if missing := paths - {call_name(path, module, 0) for path, module in eager.recurrent.items()}:
@@ -143,9 +146,7 @@ def _labels(signature: Signature, labels: Mapping[str, Sequence[str]] | Sequence
     return {name: list(values) for name, values in named.items()}
 
 
-def _manifest(
-    figures: Figures, signature: Signature, findings: Findings, default: Policy, policies: Sequence[Policy]
-) -> pb.Manifest:
+def _manifest(figures: Figures, signature: Signature, default: Policy, policies: Sequence[Policy]) -> pb.Manifest:
     messages = [to_message(policy) for policy in policies]
     graphs = [(MODEL, [m.kind for m in messages if m.kind != pb.POLICY_KIND_LOOKAHEAD])]
     graphs += [(LOOKAHEAD, [m.kind]) for m in messages if m.kind == pb.POLICY_KIND_LOOKAHEAD]
@@ -158,7 +159,7 @@ def _manifest(
         lengths=LENGTHS,
         policies=messages,
         default_policy=to_message(default),
-        ragged=findings.ragged,
+        ragged=signature.ragged,
         graphs=[pb.Graph(file=file, policies=kinds, variant="float32") for file, kinds in graphs],
         torchscript=TORCHSCRIPT,
         layers=figures.layers,

@@ -38,7 +38,7 @@ def write_graph(
         with quiet(), contextlib.redirect_stderr(io.StringIO()):
             program = torch.onnx.export(
                 _Lookahead(lifted).eval() if ahead else lifted,
-                tuple(trace_inputs(signature, example, ahead=ahead)),
+                tuple(trace_inputs(eager, signature, example, ahead=ahead)),
                 dynamo=True,
                 opset_version=OPSET,
                 verbose=False,
@@ -70,13 +70,13 @@ def input_dims(signature: Signature, *, ahead: bool) -> dict[str, Dims]:
     return {name: dims[name] for name in signature.input_names(ahead=ahead)}
 
 
-def trace_inputs(signature: Signature, example: Sequence[Tensor], *, ahead: bool) -> list[Tensor]:
-    """The example at sizes from 3 on, unlike any other of the model's, so that no axis is taken for another."""
+def trace_inputs(eager: Eager, signature: Signature, example: Sequence[Tensor], *, ahead: bool) -> list[Tensor]:
+    """The example at sizes unlike any other of the model's, so that no axis is taken for another."""
     ports = (*signature.inputs, *signature.contexts)
     taken = {int(dim) for port in (*ports, *signature.outputs) for dim in port.dims if dim.isdecimal()}
     taken |= {size for state in signature.states for size in (state.rows, state.size)}
     names = (BATCH, TIME_AHEAD, TIME, *signature.sources)
-    free = [size for size in range(3, 10 + len(taken) + len(names)) if size not in taken]
+    free = [size for size in eager.free_sizes(len(names) + len(taken), 11) if size not in taken]
     sizes = dict(zip(names, free, strict=False))
     tensors = {}
     for name, x in zip(signature.arguments, example, strict=True):

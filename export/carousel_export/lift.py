@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from carousel_export.eager import Eager, call_name
+from carousel_export.ragged import RaggedTime
 from carousel_export.recurrent import States, as_hx, directions_of, kind_of, weights_of
 from carousel_export.signature import Signature
 
@@ -30,6 +32,8 @@ class Frame:
     # Set when there are frames ahead: the block's frames, and the lengths of what follows them.
     split: int | None = None
     lengths_ahead: Tensor | None = None
+    # Where the model's other code is told of the lengths; the lifted layers know them.
+    ragged: RaggedTime | None = None
     ended: dict[str, States] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -61,7 +65,8 @@ class LiftedLayer(nn.RNNBase):
         call = call_name(self.path, self, frame.counts[self.path])
         frame.counts[self.path] += 1
         x = input.transpose(0, 1) if self.batch_first else input
-        y, ended = self._whole(frame, call, x) if frame.split is None else self._ahead(frame, call, x)
+        with frame.ragged.suspended() if frame.ragged else nullcontext():
+            y, ended = self._whole(frame, call, x) if frame.split is None else self._ahead(frame, call, x)
         frame.ended[call] = ended
         return (y.transpose(0, 1) if self.batch_first else y), as_hx(ended)
 
@@ -150,11 +155,15 @@ class LiftedModel(nn.Module):
 
     def _run(self, inputs: Sequence[Tensor], contexts: Sequence[Tensor], frame: Frame) -> tuple[Tensor, ...]:
         signature = self.signature
+        if signature.ragged and frame.split is None:
+            # Under lookahead, code that takes all frames together is not allowed.
+            frame.ragged = RaggedTime(frame.lengths, *inputs[0].shape[:2])
         self.slot.frame = frame
         try:
             ports = zip((*signature.inputs, *signature.contexts), (*inputs, *contexts), strict=True)
             fed = signature.arrange({port.name: port.feed(x) for port, x in ports})
-            outputs = pytree.tree_leaves(self.model(*fed))
+            with frame.ragged or nullcontext():
+                outputs = pytree.tree_leaves(self.model(*fed))
         finally:
             self.slot.frame = None
         results = [port.fetch(y) for port, y in zip(signature.outputs, outputs, strict=True)]

@@ -147,6 +147,8 @@ class Signature:
     bidirectional: bool
     contexts: tuple[Port, ...] = ()
     arguments: tuple[str, ...] = ()
+    # Whether rows of different length may share a batch.
+    ragged: bool = True
 
     def __post_init__(self) -> None:
         names = [*(port.name for port in self.inputs), *(port.name + AHEAD for port in self.inputs)]

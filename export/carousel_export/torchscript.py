@@ -28,9 +28,9 @@ def write_torchscript(
     Raises `GraphError` where the model's own code cannot be traced.
     """
     lifted = lift(eager, signature, _bind_torchscript)
-    methods = {WHOLE_METHOD: tuple(trace_inputs(signature, example, ahead=False))}
+    methods = {WHOLE_METHOD: tuple(trace_inputs(eager, signature, example, ahead=False))}
     if lookahead:
-        methods[LOOKAHEAD_METHOD] = tuple(trace_inputs(signature, example, ahead=True))
+        methods[LOOKAHEAD_METHOD] = tuple(trace_inputs(eager, signature, example, ahead=True))
     try:
         with quiet(), torch.no_grad():
             # The gate tests what was loaded again, at more shapes than the tracer's own check would.
