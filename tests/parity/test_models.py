@@ -212,11 +212,11 @@ class Last(nn.Module):
 
 
 def test_last_frame(tmp_path: Path) -> None:
-    """`y[:, -1]` streams as a running answer, in batches of equal length; with a backward direction, offline only."""
+    """`y[:, -1]` streams as a running answer, in ragged batches too; with a backward direction, offline only."""
     manifest = export(Last(), torch.randn(2, 6, 5), tmp_path / "a").bundle.manifest
     assert manifest.default_policy.kind == pb.POLICY_KIND_CAUSAL
     assert list(manifest.outputs[0].dims) == ["batch", "4"]
-    assert not manifest.ragged
+    assert manifest.ragged
     manifest = export(Last(bidirectional=True), torch.randn(2, 6, 5), tmp_path / "b").bundle.manifest
     assert [policy.kind for policy in manifest.policies] == [pb.POLICY_KIND_FULL]
 
@@ -258,7 +258,7 @@ def test_other_layers_that_mix_time(tmp_path: Path, model: nn.Module, policy: cx
     assert not list(tmp_path.iterdir())
     manifest = export(model, torch.randn(2, 6, 5), tmp_path).bundle.manifest
     assert [allowed.kind for allowed in manifest.policies] == [pb.POLICY_KIND_FULL]
-    assert not manifest.ragged
+    assert manifest.ragged == (type(model) is Attended)
 
 
 class Prefixes(nn.Module):
