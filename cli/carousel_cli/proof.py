@@ -37,3 +37,17 @@ def proof_table(proof: dict[str, Any], title: str) -> Table:
     for policy, count in frames.items():
         table.add_row(policy, f"{count:,}", *(f"{errors[policy, runtime]:.2e}" for runtime in runtimes))
     return table
+
+
+def variants_table(proof: dict[str, Any]) -> Table | None:
+    """Each variant's size, speed and error beside float32; None where there is none."""
+    if not proof.get("variants"):
+        return None
+    table = Table("variant", title="Variants", title_justify="left")
+    for heading in ("bytes", "of float32", "speed", "max |error|", "tolerance"):
+        table.add_column(heading, justify="right")
+    for entry in proof["variants"]:
+        part = entry["bytes"] / entry["bytes_float32"]
+        errors = (f"{entry['maximum']:.2e}", f"{entry['tolerance']:.1e}")
+        table.add_row(entry["variant"], f"{entry['bytes']:,}", f"{part:.0%}", f"{entry['speed']:.2f}×", *errors)
+    return table

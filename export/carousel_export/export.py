@@ -1,9 +1,7 @@
 """Exporting a model, from the eager module to the bundle on disk, read from top to bottom."""
 
-import importlib.metadata
 import json
 import logging
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,16 +15,19 @@ from carousel_export.eager import Eager, call_name
 from carousel_export.errors import ExampleError, ExportError
 from carousel_export.experiments import choose, find_policies
 from carousel_export.figures import Figures, measure
-from carousel_export.gate import TOLERANCE, prove
+from carousel_export.gate import prove, runtimes_of
 from carousel_export.golden import GOLDEN, read_samples, write_golden
 from carousel_export.graph import LOOKAHEAD, MODEL, write_graph
 from carousel_export.links import find_links
-from carousel_export.policies import Lookahead, Policy, from_message, to_message
+from carousel_export.manifest import describe
+from carousel_export.measure import BOUND, measure_variants, start_variants
+from carousel_export.policies import Lookahead, Policy, from_message
 from carousel_export.quiet import undisturbed
 from carousel_export.reference import Reference
 from carousel_export.report import render
-from carousel_export.signature import LENGTHS, Port, Signature, State
+from carousel_export.signature import Port, Signature, State
 from carousel_export.torchscript import TORCHSCRIPT, write_torchscript
+from carousel_export.variants import check_variants
 from carousel_protos.bundle import Bundle, BundleWriter
 from carousel_protos.v1 import manifest_pb2 as pb
 
@@ -48,6 +49,8 @@ def export(
     dims: Mapping[str, Sequence[str]] | None = None,
     data: Sequence[Tensor | Sequence[Tensor]] = (),
     links: Mapping[str, tuple[str, str]] | None = None,
+    variants: Sequence[str] = (),
+    variant_error: float = BOUND,
 ) -> Bundle:
     """Export a model with recurrent layers to `<out>/<name>/<version>/`, and prove that it says what the model says.
 
@@ -61,11 +64,14 @@ def export(
     each argument, and `[…]` for a context; the gate tries them beside drawn ones, and the look-ahead curve is theirs.
     `links` says which other model under `out` answers what a session of this one starts from: a context or a state
     input, and the model's name and output, as in `{"memory": ("encoder", "memory"), "rnn.h_0": ("encoder", "hidden")}`.
+    `variants` are "int8" and "float16": the ONNX files in that arithmetic, each with its measured error as its
+    tolerance; one whose error is over `variant_error` times the largest value of an output is refused.
 
     Raises `ExportError` (see `carousel_export.errors`), and `BundleError` for a name or version that cannot be written;
     then there is no bundle.
     """
     writer = BundleWriter(out, name, version)
+    variants = check_variants(variants)
     example = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     example = tuple(x.detach().cpu() if isinstance(x, Tensor) else _refuse(x) for x in example)
     with undisturbed():
@@ -86,11 +92,14 @@ def export(
             if lookahead:
                 write_graph(writer.path / LOOKAHEAD, eager, signature, example, ahead=True)
             write_torchscript(writer.path / TORCHSCRIPT, eager, signature, example, lookahead=lookahead)
-            proof = prove(writer.path, reference, draw, policies, ragged=findings.ragged)
+            tried = start_variants(writer.path, variants)
+            runtimes = runtimes_of(writer.path)
+            proof = prove(runtimes, reference, draw, policies, ragged=findings.ragged, variants=tried)
             write_golden(writer.path / GOLDEN, reference, draw, policies)
             figures = measure(eager, signature, example)
             manifest = _manifest(figures, signature, default, policies)
             manifest.name, manifest.version = name, writer.version
+            proof["variants"] = measure_variants(writer.path, tried, draw, default, manifest, bound=variant_error)
             for output, values in named_labels.items():
                 manifest.labels[output].values.extend(values)
             manifest.links.extend(linked)
@@ -124,7 +133,7 @@ def parity(bundle: Bundle, model: nn.Module) -> dict[str, Any]:
             raise ExportError(f"{eager.name} has no layer {min(missing)!r}; give the model that {bundle.path} is of")
         draw = Draw(signature, read_samples(bundle.file(GOLDEN), signature))
         policies = [from_message(policy) for policy in manifest.policies]
-        return prove(bundle.path, Reference(eager, signature), draw, policies, ragged=manifest.ragged)
+        return prove(runtimes_of(bundle.path), Reference(eager, signature), draw, policies, ragged=manifest.ragged)
 
 
 def _refuse(value: object) -> Tensor:
@@ -147,28 +156,9 @@ def _labels(signature: Signature, labels: Mapping[str, Sequence[str]] | Sequence
 
 
 def _manifest(figures: Figures, signature: Signature, default: Policy, policies: Sequence[Policy]) -> pb.Manifest:
-    messages = [to_message(policy) for policy in policies]
-    graphs = [(MODEL, [m.kind for m in messages if m.kind != pb.POLICY_KIND_LOOKAHEAD])]
-    graphs += [(LOOKAHEAD, [m.kind]) for m in messages if m.kind == pb.POLICY_KIND_LOOKAHEAD]
-    manifest = pb.Manifest(
-        inputs=[port.message() for port in signature.inputs],
-        contexts=[port.message() for port in signature.contexts],
-        arguments=signature.arguments,
-        outputs=[port.message() for port in signature.outputs],
-        states=[state.message() for state in signature.states],
-        lengths=LENGTHS,
-        policies=messages,
-        default_policy=to_message(default),
-        ragged=signature.ragged,
-        graphs=[pb.Graph(file=file, policies=kinds, variant="float32") for file, kinds in graphs],
-        torchscript=TORCHSCRIPT,
-        layers=figures.layers,
-        parameters=figures.parameters,
-        trainable_parameters=figures.trainable,
-        flops_per_frame=figures.flops,
-        tolerance=pb.Tolerance(absolute=TOLERANCE, relative=TOLERANCE),
-    )
-    for package in ("carousel", "onnx", "onnxruntime", "onnxscript", "torch"):
-        manifest.made_with[package] = importlib.metadata.version(package)
-    manifest.made_with["python"] = platform.python_version()
+    manifest = describe(signature, policies, default, ragged=signature.ragged)
+    manifest.layers.extend(figures.layers)
+    manifest.parameters = figures.parameters
+    manifest.trainable_parameters = figures.trainable
+    manifest.flops_per_frame = figures.flops
     return manifest

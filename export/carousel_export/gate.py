@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from carousel_export.curve import lookahead_curve
 from carousel_export.draw import Draw
 from carousel_export.errors import ParityError
 from carousel_export.policies import Carry, Full, Lookahead, Policy, to_json
-from carousel_export.reference import Answer, Reference, Stream
+from carousel_export.reference import Answer, Source, Stream
 from carousel_export.replay import replay
 from carousel_export.runtimes import OnnxRuntime, Runtime, TorchScript
 from carousel_export.signature import Signature
@@ -65,17 +65,46 @@ class Check:
     worst: Worst
 
 
+@dataclass
+class Variant:
+    """A variant on trial: what was found of it, and the largest finite value that was wanted of each output."""
+
+    name: str
+    runtime: Runtime
+    # What was changed, in words.
+    what: str
+    checks: list[Check] = field(default_factory=list)
+    peaks: dict[str, float] = field(default_factory=dict)
+
+    def add(self, checks: Sequence[Check], wanted: Sequence[Answer], signature: Signature) -> None:
+        """What one trial found."""
+        self.checks += checks
+        for i, port in enumerate(signature.outputs):
+            largest = max(_largest(answer.outputs[i]) for answer in wanted)
+            self.peaks[port.name] = max(largest, self.peaks.get(port.name, 0.0))
+
+
+def runtimes_of(folder: Path) -> tuple[Runtime, ...]:
+    """Those that the gate asks for the files of an exported model."""
+    return OnnxRuntime(folder), TorchScript(folder)
+
+
 def prove(
-    folder: Path, reference: Reference, draw: Draw, policies: Sequence[Policy], *, ragged: bool
+    runtimes: Sequence[Runtime],
+    reference: Source,
+    draw: Draw,
+    policies: Sequence[Policy],
+    *,
+    ragged: bool,
+    variants: Sequence[Variant] = (),
 ) -> dict[str, Any]:
-    """Run the gate on the files in `folder`; returns the content of parity.json.
+    """Run the gate; returns the content of parity.json. `variants` are tried beside, and not held to its tolerance.
 
     Raises `ParityError`, naming output, policy, runtime, sequence, frame, wanted and got, for the first trial in which
-    an element is further from eager PyTorch's than `allowed` says.
+    an element is further from the reference's than `allowed` says.
     """
     started = time.monotonic()
     signature = reference.signature
-    runtimes: tuple[Runtime, ...] = (OnnxRuntime(folder), TorchScript(folder))
     checks: list[Check] = []
     errors: list[dict[str, Any]] = []
     for trial in _trials(draw, policies):
@@ -87,8 +116,12 @@ def prove(
             checks += found
             if len(trial.streams) == 1 and trial.streams[0].frames == _LONG:
                 errors += _over_time(trial, runtime.name, signature, wanted[0], got[0])
+        for variant in variants:
+            got = replay(variant.runtime, signature, trial.streams, trial.policy, ragged=ragged)
+            variant.add(_compare(trial, variant.runtime.name, signature, wanted, got), wanted, signature)
     curve = lookahead_curve(runtimes[0], signature, draw, ragged=ragged) if _looks_ahead(policies) else []
     return {
+        "reference": reference.name,
         "tolerance": TOLERANCE,
         "maximum": max(check.max_abs_error for check in checks),
         "share": max(check.share for check in checks),
@@ -101,8 +134,12 @@ def prove(
 
 def allowed(wanted: Tensor) -> float:
     """What one sequence's output may be off by: `TOLERANCE`, times its largest finite value where that is over 1."""
+    return TOLERANCE * max(1.0, _largest(wanted))
+
+
+def _largest(wanted: Tensor) -> float:
     finite = wanted[wanted.isfinite()].double().abs()
-    return TOLERANCE * max(1.0, float(finite.max()) if finite.numel() else 0.0)
+    return float(finite.max()) if finite.numel() else 0.0
 
 
 def _looks_ahead(policies: Sequence[Policy]) -> bool:

@@ -6,6 +6,7 @@ Lookahead runs each layer as modules of one direction over a block and the frame
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +45,23 @@ class Answer:
     states: tuple[Tensor, ...]
 
 
+class Source(Protocol):
+    """What an exported graph is held to: it answers streams, one at a time."""
+
+    signature: Signature
+
+    @property
+    def name(self) -> str:
+        """In words, as "eager PyTorch"."""
+
+    def run(self, sequence: Stream, policy: Policy) -> Answer:
+        """The stream's answer under a policy."""
+
+
 class Reference:
     """Eager PyTorch under a policy, for sequences one at a time."""
+
+    name = "eager PyTorch"
 
     def __init__(self, eager: Eager, signature: Signature) -> None:
         self.eager = eager

@@ -43,6 +43,8 @@ def render(manifest: Manifest, parity: Entry) -> str:
             groups=_grouped(checks, lambda check: (policy_name(check["policy"]), check["runtime"])),
             state_bytes=sum(_state_bytes(state) for state in manifest.states),
             errors=[_error_figure(output, series, tolerance) for output, series in errors.items()],
+            reference=parity.get("reference", "eager PyTorch"),
+            variants=parity.get("variants", []),
             curves=[_curve_figure(output, points) for output, points in curves.items()],
         )
     )

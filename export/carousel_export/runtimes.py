@@ -12,6 +12,7 @@ from torch.jit import optimized_execution  # type: ignore[attr-defined]  # publi
 from carousel_export.graph import LOOKAHEAD, MODEL
 from carousel_export.quiet import quiet
 from carousel_export.torchscript import LOOKAHEAD_METHOD, TORCHSCRIPT, WHOLE_METHOD
+from carousel_export.variants import FLOAT32, variant_file
 
 
 class Runtime(Protocol):
@@ -26,10 +27,10 @@ class Runtime(Protocol):
 class OnnxRuntime:
     """onnxruntime on the CPU, one thread, loading each graph when it is first run."""
 
-    name = "onnxruntime"
-
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, variant: str = FLOAT32) -> None:
+        self.name = "onnxruntime" if variant == FLOAT32 else f"onnxruntime, {variant}"
         self._folder = folder
+        self._variant = variant
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
 
     def run(self, tensors: Sequence[Tensor], *, ahead: bool) -> list[Tensor]:
@@ -45,8 +46,12 @@ class OnnxRuntime:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
             # A plan for each shape that comes by would never be used again.
             options.enable_mem_pattern = False
-            path = str(self._folder / file)
-            self._sessions[file] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            # onnxruntime 1.31 dies of a signal where this pass meets an LSTM in float16 on the CPU.
+            disabled = ["NchwcTransformer"] if self._variant == "float16" else []
+            path = str(self._folder / variant_file(file, self._variant))
+            self._sessions[file] = onnxruntime.InferenceSession(
+                path, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+            )
         return self._sessions[file]
 
 

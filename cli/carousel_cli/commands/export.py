@@ -7,7 +7,7 @@ import click
 from rich.console import Console
 
 from carousel_cli.common import extra, make_policy, policy_options
-from carousel_cli.proof import proof_table, read_proof
+from carousel_cli.proof import proof_table, read_proof, variants_table
 from carousel_protos import BundleError
 
 
@@ -30,6 +30,20 @@ from carousel_protos import BundleError
     metavar="NAME:DTYPE:DIMS",
     help="An input, such as x:float32:batch,time,80, for which an example is drawn; once for each.",
 )
+@click.option(
+    "--variant",
+    "variants",
+    multiple=True,
+    metavar="int8|float16",
+    help="Write the graphs in this arithmetic as well, and measure it; once for each.",
+)
+@click.option(
+    "--variant-error",
+    type=click.FloatRange(0, min_open=True),
+    default=0.1,
+    show_default=True,
+    help="The largest error of a variant, as a part of an output's largest value.",
+)
 @policy_options
 def command(
     factory: str,
@@ -38,6 +52,8 @@ def command(
     version: str | None,
     checkpoint: Path | None,
     inputs: tuple[str, ...],
+    variants: tuple[str, ...],
+    variant_error: float,
     policy: str | None,
     block: int | None,
     ahead: int | None,
@@ -69,10 +85,15 @@ def command(
             policy=default,
             version=version,
             input_names=[spec.name for spec in specs] or None,
+            variants=variants,
+            variant_error=variant_error,
             dims={spec.name: spec.dims for spec in specs} or None,
         )
     except (cx.ExportError, BundleError) as error:
         raise click.ClickException(str(error)) from error
-    Console(markup=False, highlight=False).print(proof_table(read_proof(bundle), "Parity with eager PyTorch"))
+    console, proof = Console(markup=False, highlight=False), read_proof(bundle)
+    console.print(proof_table(proof, "Parity with eager PyTorch"))
+    if (measured := variants_table(proof)) is not None:
+        console.print(measured)
     click.echo(f"bundle  {bundle.path}")
     click.echo(f"report  {bundle.file('report.html')}")
