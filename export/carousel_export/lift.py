@@ -218,15 +218,21 @@ def bind_onnx(layers: dict[str, LiftedLayer]) -> None:
                 if module.bias:
                     biases = [bias for side in sides for bias in side[2:4]]
                     module.register_buffer(f"b_{name}", share(kind.pack_biases, biases))
+                if module.proj_size:
+                    module.register_buffer(f"p_{name}", share(_stack, [side[-1] for side in sides]))
         module.run_layer = _onnx_layer(module)
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors))
 
 
 def _onnx_layer(module: LiftedLayer) -> RunLayer:
     kind = kind_of(module)
 
     def run(layer: int, direction: str, x: Tensor, lengths: Tensor, states: States | None) -> tuple[Tensor, States]:
-        w, r, b = (getattr(module, f"{letter}_{direction}_{layer}", None) for letter in "wrb")
-        y, *ended = kind.operator(x, w, r, b, None, lengths, *(states or [None] * len(kind.letters)), direction)
+        w, r, b, p = (getattr(module, f"{letter}_{direction}_{layer}", None) for letter in "wrbp")
+        y, *ended = kind.operator(x, w, r, b, p, lengths, *(states or [None] * len(kind.letters)), direction)
         return y, tuple(ended)
 
     return run

@@ -1,7 +1,8 @@
 """The recurrent operators of the exported graphs, one for each kind: a translation to ONNX and a body for TorchScript.
 
-A kind is what `nn.RNNBase.mode` says: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU". PyTorch's gate order is i, f, g, o and
-r, z, n; ONNX's is i, o, f, c and z, r, h (the ONNX operator specification, LSTM, GRU and RNN, version 14).
+A kind is what `nn.RNNBase.mode` says, "LSTM", "GRU", "RNN_TANH" or "RNN_RELU", and "LSTM_PROJECTED" besides. PyTorch's
+gate order is i, f, g, o and r, z, n; ONNX's is i, o, f, c and z, r, h (the ONNX operator specification, LSTM, GRU and
+RNN, version 14).
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from onnxscript import opset20 as op
 from torch import Tensor
+
+from carousel_export.projected import projected_lstm
 
 OPSET = 20
 
@@ -72,6 +75,7 @@ KINDS = {
     kind.mode: kind
     for kind in (
         Kind("LSTM", "hc", (0, 3, 1, 2), _fused("LSTM")),
+        Kind("LSTM_PROJECTED", "hc", (0, 3, 1, 2), projected_lstm),
         # PyTorch applies the reset gate after the recurrent product.
         Kind("GRU", "h", (1, 0, 2), _fused("GRU", linear_before_reset=1)),
         Kind("RNN_TANH", "h", (0,), _fused("RNN", activations=_activations("Tanh"))),
@@ -111,7 +115,7 @@ def ragged(
     ordered, order = lengths.to(torch.int64).clamp(min=1).sort(descending=True)
     data, sizes = torch._pack_padded_sequence(x.index_select(1, order), ordered.cpu(), False)  # noqa: SLF001
     starts = [state.index_select(1, order).contiguous() for state in states]
-    if mode == "LSTM":
+    if len(states) == 2:
         packed, h_n, c_n = torch.lstm(data, sizes, starts, weights, biased, 1, 0.0, False, both)
         ends = [h_n, c_n]
     else:

@@ -52,7 +52,9 @@ def undisturbed() -> Iterator[None]:
     torch.set_num_threads(1)
     try:
         # Making a layer draws its first weights.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # Said of every layer with proj_size, and no concern of the caller's.
+            warnings.filterwarnings("ignore", r"LSTM with projections is not supported with oneDNN", UserWarning)
             yield
     finally:
         torch.set_num_threads(threads)

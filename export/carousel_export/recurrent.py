@@ -49,8 +49,6 @@ def _checked(where: str, module: nn.Module) -> Layer:
         if isinstance(module, _LAYERS):
             raise ModelError(f"{where} is a subclass, whose forward may do anything; use a plain one of {names}")
         raise ModelError(f"{where} cannot be exported yet; rewrite it with one of {names}")
-    if module.proj_size:
-        raise ModelError(f"{where} has proj_size={module.proj_size}, which ONNX has no operator for; use proj_size=0")
     return module
 
 
@@ -70,7 +68,7 @@ def is_layer(module: nn.Module) -> TypeGuard[Layer]:
 
 def kind_of(module: Layer) -> Kind:
     """The layer's operator."""
-    return KINDS[module.mode]
+    return KINDS["LSTM_PROJECTED" if module.proj_size else module.mode]
 
 
 def states_of(module: Layer) -> tuple[StateKind, ...]:
@@ -91,7 +89,7 @@ def as_hx(states: States) -> Tensor | States:
 
 
 def weights_of(module: Layer, layer: int, direction: int) -> list[Tensor]:
-    """weight_ih and weight_hh of one layer and direction, with bias then bias_ih and bias_hh."""
+    """weight_ih and weight_hh of one layer and direction, then what it has of bias_ih and bias_hh, and weight_hr."""
     return list(module.all_weights[layer * directions_of(module) + direction])
 
 

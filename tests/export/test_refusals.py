@@ -70,7 +70,6 @@ def over_features(inner: nn.Module, x: Tensor) -> Tensor:
 
 REFUSED = {
     "cell": (Around(nn.LSTMCell(5, 4)), X, cx.ModelError, ["inner (LSTMCell)"]),
-    "projection": (Around(lstm(proj_size=2)), X, cx.ModelError, ["inner (LSTM)", "proj_size=2"]),
     "subclass": (Around(OwnLSTM(5, 4)), X, cx.ModelError, ["inner (OwnLSTM)", "plain one of nn.LSTM"]),
     "nothing recurrent": (nn.Linear(5, 4), X, cx.ModelError, ["Linear has no recurrent layer"]),
     "in a plain list": (InAList(), X, cx.ModelError, ["layers", "plain list", "nn.ModuleList"]),

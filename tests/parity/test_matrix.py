@@ -17,6 +17,8 @@ STACKS = list(product((1, 2, 3), (False, True), (False, True)))
 OTHERS = {
     "GRU": (nn.GRU, {}, [(1, True, False), (2, False, True), (3, True, True), (4, False, False)]),
     "RNN tanh": (nn.RNN, {}, [(1, False, True), (2, True, False), (4, True, True)]),
+    # Projected: h of 3 beside c of 7.
+    "LSTMP": (nn.LSTM, {"proj_size": 3}, [(1, True, False), (2, True, True), (3, False, True)]),
     "RNN relu": (nn.RNN, {"nonlinearity": "relu"}, [(1, True, True), (2, False, False), (3, True, False)]),
 }
 
@@ -27,6 +29,7 @@ def test_stack(tmp_path: Path, layers: int, bidirectional: bool, bias: bool) -> 
     _check(tmp_path, nn.LSTM, layers, bidirectional, bias)
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
 @pytest.mark.parametrize(
     ("kind", "options", "stack"),
     [
@@ -36,9 +39,9 @@ def test_stack(tmp_path: Path, layers: int, bidirectional: bool, bias: bool) -> 
     ],
 )
 def test_other_kinds(
-    tmp_path: Path, kind: type[nn.RNNBase], options: dict[str, str], stack: tuple[int, bool, bool]
+    tmp_path: Path, kind: type[nn.RNNBase], options: dict[str, str | int], stack: tuple[int, bool, bool]
 ) -> None:
-    """The same holds for GRU and RNN, whose state is h alone."""
+    """The same holds for GRU and RNN, whose state is h alone, and for projected LSTMs, whose h and c differ in width."""
     _check(tmp_path, kind, *stack, **options)
 
 
