@@ -41,7 +41,7 @@ def test_stack(tmp_path: Path, layers: int, bidirectional: bool, bias: bool) -> 
 def test_other_kinds(
     tmp_path: Path, kind: type[nn.RNNBase], options: dict[str, str | int], stack: tuple[int, bool, bool]
 ) -> None:
-    """The same holds for GRU and RNN, whose state is h alone, and for projected LSTMs, whose h and c differ in width."""
+    """The same holds for GRU and RNN, whose state is h alone, and for LSTMs whose h is projected."""
     _check(tmp_path, kind, *stack, **options)
 
 
