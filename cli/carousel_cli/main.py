@@ -7,7 +7,7 @@ import click
 
 from carousel_cli.settings import Settings, flag_of
 
-COMMANDS = ("export", "inspect", "verify", "serve", "stream")
+COMMANDS = ("export", "inspect", "verify", "serve", "stream", "tune")
 
 
 class Carousel(click.Group):

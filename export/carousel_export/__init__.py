@@ -3,6 +3,7 @@
 from carousel_export.errors import ExampleError, ExportError, GraphError, ModelError, ParityError, PolicyError
 from carousel_export.export import export, parity
 from carousel_export.policies import Carry, Causal, Full, Lookahead, Policy
+from carousel_export.tune import Tuning, tune
 
 __all__ = [
     "Carry",
@@ -16,6 +17,8 @@ __all__ = [
     "ParityError",
     "Policy",
     "PolicyError",
+    "Tuning",
     "export",
     "parity",
+    "tune",
 ]

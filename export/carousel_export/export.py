@@ -25,7 +25,7 @@ from carousel_export.policies import Lookahead, Policy, from_message
 from carousel_export.quiet import undisturbed
 from carousel_export.reference import Reference
 from carousel_export.report import render
-from carousel_export.signature import Port, Signature, State
+from carousel_export.signature import Signature
 from carousel_export.torchscript import TORCHSCRIPT, write_torchscript
 from carousel_export.variants import check_variants
 from carousel_protos.bundle import Bundle, BundleWriter
@@ -119,15 +119,7 @@ def parity(bundle: Bundle, model: nn.Module) -> dict[str, Any]:
     with undisturbed():
         eager = Eager(model)
         manifest = bundle.manifest
-        signature = Signature(
-            inputs=tuple(Port.from_message(port) for port in manifest.inputs),
-            outputs=tuple(Port.from_message(port) for port in manifest.outputs),
-            states=tuple(State.from_message(state) for state in manifest.states),
-            bidirectional=any(layer.num_directions == 2 for layer in manifest.layers),
-            contexts=tuple(Port.from_message(port) for port in manifest.contexts),
-            arguments=tuple(manifest.arguments),
-            ragged=manifest.ragged,
-        )
+        signature = Signature.from_manifest(manifest)
         paths = {state.call.partition(".call")[0] for state in signature.states}
         if missing := paths - {call_name(path, module, 0) for path, module in eager.recurrent.items()}:
             raise ExportError(f"{eager.name} has no layer {min(missing)!r}; give the model that {bundle.path} is of")

@@ -159,6 +159,19 @@ class Signature:
                 f"{twice[0]!r} names two tensors of the graph; give others with input_names or output_names"
             )
 
+    @classmethod
+    def from_manifest(cls, manifest: pb.Manifest) -> "Signature":
+        """The signature that a bundle has."""
+        return cls(
+            inputs=tuple(Port.from_message(port) for port in manifest.inputs),
+            outputs=tuple(Port.from_message(port) for port in manifest.outputs),
+            states=tuple(State.from_message(state) for state in manifest.states),
+            bidirectional=any(layer.num_directions == 2 for layer in manifest.layers),
+            contexts=tuple(Port.from_message(port) for port in manifest.contexts),
+            arguments=tuple(manifest.arguments),
+            ragged=manifest.ragged,
+        )
+
     @property
     def whole_sequence(self) -> tuple[Port, ...]:
         """The outputs that have one value a sequence."""
