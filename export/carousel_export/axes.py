@@ -94,7 +94,7 @@ def find_signature(
             for (name, named), y, fed in zip(outputs.items(), base.outputs, fed_outputs, strict=True)
         ),
         states=tuple(
-            State(call.name, kind.letter, kind.rows, kind.size)
+            State.of(call.name, kind.letter, kind.rows, kind.size)
             for call in base.calls
             for kind in states_of(call.module)
         ),

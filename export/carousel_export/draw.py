@@ -50,9 +50,13 @@ class Draw:
         return tuple(drawn)
 
     def states(self) -> tuple[Tensor, ...]:
-        """A random state."""
-        shapes = [(state.rows, state.size) for state in self.signature.states]
-        return tuple(torch.rand(shape, generator=self.generator) * 2 - 1 for shape in shapes)
+        """A random state: floats within (−1, 1), whole numbers 0 or 1, which any counter and flag may be."""
+        return tuple(
+            torch.rand(state.shape, generator=self.generator, dtype=state.dtype) * 2 - 1
+            if state.dtype.is_floating_point
+            else torch.randint(0, 2, state.shape, generator=self.generator).to(state.dtype)
+            for state in self.signature.states
+        )
 
     def cuts(self, frames: int) -> tuple[int, ...]:
         """Random chunk sizes that make up `frames`."""

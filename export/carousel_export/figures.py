@@ -12,8 +12,6 @@ from carousel_export.recurrent import Layer, States, directions_of, kind_of
 from carousel_export.signature import BATCH, TIME, Port, Signature
 from carousel_protos.v1 import manifest_pb2 as pb
 
-_FLOAT_BYTES = 4
-
 
 @dataclass(frozen=True)
 class Figures:
@@ -75,7 +73,7 @@ def _layers(eager: Eager, signature: Signature, flops: dict[str, int]) -> Iterab
                 _count(p for name, p in own.items() if name.removesuffix("_reverse").endswith(f"_l{layer}"))
                 for layer in range(module.num_layers)
             ],
-            state_bytes=sum(_FLOAT_BYTES * s.rows * s.size for s in signature.states if s.call == call),
+            state_bytes=sum(s.zeros().nbytes for s in signature.states if s.call == call),
             flops_per_frame=flops[call],
         )
 

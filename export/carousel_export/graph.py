@@ -66,7 +66,7 @@ def input_dims(signature: Signature, *, ahead: bool) -> dict[str, Dims]:
         dims[port.name + AHEAD] = tuple(TIME_AHEAD if dim == TIME else dim for dim in port.dims)
     dims |= {LENGTHS: (BATCH,), LENGTHS + AHEAD: (BATCH,)}
     dims |= {port.name: port.dims for port in signature.contexts}
-    dims |= {state.input: (BATCH, str(state.rows), str(state.size)) for state in signature.states}
+    dims |= {state.input: state.dims for state in signature.states}
     return {name: dims[name] for name in signature.input_names(ahead=ahead)}
 
 
@@ -74,7 +74,7 @@ def trace_inputs(eager: Eager, signature: Signature, example: Sequence[Tensor], 
     """The example at sizes unlike any other of the model's, so that no axis is taken for another."""
     ports = (*signature.inputs, *signature.contexts)
     taken = {int(dim) for port in (*ports, *signature.outputs) for dim in port.dims if dim.isdecimal()}
-    taken |= {size for state in signature.states for size in (state.rows, state.size)}
+    taken |= {size for state in signature.states for size in state.shape}
     names = (BATCH, TIME_AHEAD, TIME, *signature.sources)
     free = [size for size in eager.free_sizes(len(names) + len(taken), 11) if size not in taken]
     sizes = dict(zip(names, free, strict=False))
@@ -94,7 +94,7 @@ def trace_inputs(eager: Eager, signature: Signature, example: Sequence[Tensor], 
     for name, time in ((LENGTHS, TIME), (LENGTHS + AHEAD, TIME_AHEAD)):
         tensors[name] = torch.arange(sizes[BATCH], dtype=torch.int32).clamp(max=sizes[time] - 1) + 1
     for state in signature.states:
-        tensors[state.input] = torch.zeros(sizes[BATCH], state.rows, state.size)
+        tensors[state.input] = state.zeros(sizes[BATCH])
     return [tensors[name].contiguous() for name in signature.input_names(ahead=ahead)]
 
 
@@ -118,7 +118,7 @@ def _cause(error: BaseException) -> str:
 def _check_dims(path: Path, inputs: dict[str, Dims], signature: Signature) -> None:
     """Every dynamic dimension is named, and is dynamic: a graph with the example's sizes in it is refused here."""
     outputs = {port.name: port.dims for port in signature.outputs}
-    outputs |= {state.output: (BATCH, str(state.rows), str(state.size)) for state in signature.states}
+    outputs |= {state.output: state.dims for state in signature.states}
     model = onnx.load(path)
     for values, wanted in ((model.graph.input, inputs), (model.graph.output, outputs)):
         if [value.name for value in values] != list(wanted):

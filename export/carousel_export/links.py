@@ -16,7 +16,7 @@ def find_links(signature: Signature, links: Mapping[str, tuple[str, str]], model
     takes an output's time, a state `[layers × directions, size]` takes the same.
     """
     wanted = {port.name: port.dims[1:] for port in signature.contexts}
-    wanted |= {state.input: (str(state.rows), str(state.size)) for state in signature.states}
+    wanted |= {state.input: state.dims[1:] for state in signature.states}
     found = []
     for name, (model, output) in links.items():
         if name not in wanted:

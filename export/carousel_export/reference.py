@@ -110,7 +110,7 @@ class Reference:
     def _memory(self, sequence: Stream) -> dict[str, States]:
         """By call, its states `[layers × directions, 1, size]`."""
         states = self.signature.states
-        initial = sequence.initial or tuple(torch.zeros(state.rows, state.size) for state in states)
+        initial = sequence.initial or tuple(state.zeros() for state in states)
         memory: dict[str, States] = {}
         for state, tensor in zip(states, initial, strict=True):
             memory[state.call] = (*memory.get(state.call, ()), tensor.unsqueeze(1))

@@ -14,6 +14,12 @@ _BYTES = {
     DataType.DATA_TYPE_FLOAT32: 4,
     DataType.DATA_TYPE_FLOAT16: 2,
     DataType.DATA_TYPE_FLOAT64: 8,
+    DataType.DATA_TYPE_INT8: 1,
+    DataType.DATA_TYPE_INT16: 2,
+    DataType.DATA_TYPE_INT32: 4,
+    DataType.DATA_TYPE_INT64: 8,
+    DataType.DATA_TYPE_UINT8: 1,
+    DataType.DATA_TYPE_BOOL: 1,
 }
 
 

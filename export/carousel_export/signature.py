@@ -98,38 +98,41 @@ class Port:
 
 @dataclass(frozen=True)
 class State:
-    """One recurrent tensor `[batch, rows, size]` of a call, as a graph input and the output that follows it."""
+    """One recurrent tensor `[batch, *shape]`, as a graph input and the output that follows it."""
 
+    input: str
+    output: str
+    # The call that it is of; an imported model's states are of none.
     call: str
-    letter: str
-    rows: int
-    size: int
+    # A session's row: [layers × directions, size] where a layer has it.
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def of(cls, call: str, letter: str, *shape: int) -> "State":
+        """A layer's state by its letter: `lstm.h_0`, which becomes `lstm.h_n`."""
+        return cls(f"{call}.{letter}_0", f"{call}.{letter}_n", call, shape)
 
     @property
-    def input(self) -> str:
-        """The graph input's name, `lstm.h_0`."""
-        return f"{self.call}.{self.letter}_0"
+    def dims(self) -> Dims:
+        """The graph's dimensions."""
+        return (BATCH, *map(str, self.shape))
 
-    @property
-    def output(self) -> str:
-        """The graph output's name, `lstm.h_n`."""
-        return f"{self.call}.{self.letter}_n"
+    def zeros(self, *lead: int) -> Tensor:
+        """Where a sequence starts, `[*lead, *shape]`."""
+        return torch.zeros((*lead, *self.shape), dtype=self.dtype)
 
     def message(self) -> pb.StateSpec:
         """The state as the manifest has it."""
         return pb.StateSpec(
-            input=self.input,
-            output=self.output,
-            dtype=pb.DATA_TYPE_FLOAT32,
-            dims=[BATCH, str(self.rows), str(self.size)],
-            layer=self.call,
+            input=self.input, output=self.output, dtype=_DTYPES[self.dtype], dims=self.dims, layer=self.call
         )
 
     @classmethod
     def from_message(cls, message: pb.StateSpec) -> "State":
         """The state that a manifest has."""
-        letter = message.input.removeprefix(f"{message.layer}.").removesuffix("_0")
-        return cls(message.layer, letter, int(message.dims[1]), int(message.dims[2]))
+        shape = tuple(int(dim) for dim in message.dims[1:])
+        return cls(message.input, message.output, message.layer, shape, _FROM_MESSAGE[message.dtype])
 
 
 @dataclass(frozen=True)
