@@ -4,6 +4,7 @@ from carousel_export.errors import ExampleError, ExportError, GraphError, ModelE
 from carousel_export.export import export, parity
 from carousel_export.policies import Carry, Causal, Full, Lookahead, Policy
 from carousel_export.tune import Tuning, tune
+from carousel_export.viterbi import viterbi_decode
 
 __all__ = [
     "Carry",
@@ -21,4 +22,5 @@ __all__ = [
     "export",
     "parity",
     "tune",
+    "viterbi_decode",
 ]

@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from carousel_export.crf import return_tensors
 from carousel_export.errors import ExampleError, ExportError, ModelError, one_line
 from carousel_export.fold import copy_module, fold
 from carousel_export.recurrent import Layer, States, as_hx, as_states, find_recurrent, kind_of
@@ -59,6 +60,7 @@ class Eager:
             name for name, each in self.module.named_parameters(remove_duplicate=False) if each.requires_grad
         )
         self.module.requires_grad_(False)
+        return_tensors(self.module)
         self.recurrent = find_recurrent(self.module)
         for path, layer in self.recurrent.items():
             if layer.dropout:

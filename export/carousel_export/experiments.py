@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from carousel_export.crf import decoding_in_graph
 from carousel_export.draw import Draw
 from carousel_export.eager import run_layer
 from carousel_export.errors import ExampleError, PolicyError
@@ -179,7 +180,7 @@ def _is_ragged(reference: Reference, draw: Draw) -> bool:
                 torch.cat(column, 1) for column in zip(*(states for _, states in answers), strict=True)
             )
 
-    with ragged:
+    with decoding_in_graph(eager.module), ragged:
         together = eager.run(batches, by_row)
     for port, y, *wanted in zip(signature.outputs, together, *alone, strict=True):
         for row, (value, length) in enumerate(zip(wanted, lengths, strict=True)):

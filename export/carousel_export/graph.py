@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from carousel_export import viterbi
 from carousel_export.axes import grow
 from carousel_export.eager import Eager
 from carousel_export.errors import GraphError, one_line
@@ -45,9 +47,10 @@ def write_graph(
                 input_names=list(dims),
                 output_names=signature.output_names(),
                 dynamic_shapes=(tuple(shapes),),
-                custom_translation_table=TRANSLATIONS,
+                custom_translation_table={**TRANSLATIONS, **viterbi.TRANSLATIONS},
             )
             assert program is not None, "with dynamo, the exporter returns a program"
+            _separate_names(program.model.graph)
             program.save(path, external_data=False)
     except Exception as error:
         raise GraphError(
@@ -56,6 +59,15 @@ def write_graph(
         ) from error
     tie(path)
     _check_dims(path, dims, signature)
+
+
+def _separate_names(graph: ir.Graph) -> None:
+    """A value inside, as of a function that was inlined, may have been given the name of one of the graph's outputs."""
+    outside = {id(value): value.name for value in (*graph.inputs, *graph.outputs)}
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        for value in node.outputs:
+            if id(value) not in outside and value.name in outside.values():
+                value.name = f"{value.name}.inside"
 
 
 def input_dims(signature: Signature, *, ahead: bool) -> dict[str, Dims]:

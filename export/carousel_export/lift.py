@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from carousel_export.crf import decode_in_graph
 from carousel_export.eager import Eager, call_name
 from carousel_export.ragged import RaggedTime
 from carousel_export.recurrent import States, as_hx, directions_of, kind_of, weights_of
@@ -184,6 +185,7 @@ class LiftedModel(nn.Module):
 def lift(eager: Eager, signature: Signature, bind: Callable[[dict[str, LiftedLayer]], None]) -> LiftedModel:
     """A lifted copy of the model; `bind` gives each of its layers, by path, the `run_layer` of one kind of graph."""
     holder = nn.ModuleDict({"model": copy.deepcopy(eager.module)})
+    decode_in_graph(holder)
     slot = Slot()
     layers = {}
     for path in eager.recurrent:

@@ -114,6 +114,12 @@ class RaggedTime(TorchFunctionMode):
             moment = moment.sqrt()
         return moment if keep else moment.squeeze(tuple(axes))
 
+    def _viterbi(self, func: Callable[..., Any], *tensors: Tensor, lengths: Tensor | None = None) -> Any:
+        time = self._time_among(tensors[0], [1])
+        if time is not None:
+            lengths = self.lengths if lengths is None else torch.minimum(self.lengths, lengths.to(torch.int64))
+        return func(*tensors, lengths=lengths)
+
     def _mean(self, x: Tensor, time: int, axes: Sequence[int], correction: int = 0) -> Tensor:
         batch = self._batch_axis(x, time)
         count = self.lengths.reshape([-1 if axis == batch else 1 for axis in range(x.dim())])
@@ -194,6 +200,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     ),
     "__getitem__": RaggedTime._getitem,  # noqa: SLF001
     "select": RaggedTime._select,  # noqa: SLF001
+    "viterbi_decode": RaggedTime._viterbi,  # noqa: SLF001
     "flip": RaggedTime._flip,  # noqa: SLF001
 }
 
