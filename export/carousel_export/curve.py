@@ -15,15 +15,9 @@ from carousel_export.signature import Port, Signature
 
 Setting = Carry | Lookahead
 
-SETTINGS: tuple[Setting, ...] = (
+_SETTINGS: tuple[Setting, ...] = (
     Carry(1),
-    Lookahead(1, 0),
-    Lookahead(1, 1),
-    Lookahead(1, 2),
-    Lookahead(2, 2),
-    Lookahead(4, 4),
-    Lookahead(8, 8),
-    Lookahead(16, 16),
+    *(Lookahead(block, ahead) for block in (1, 8) for ahead in (0, 1, 2, 4, 8, 16)),
 )
 _STREAMS, _FRAMES = 8, 64
 
@@ -67,7 +61,7 @@ class Point:
 def lookahead_curve(runtime: Runtime, signature: Signature, draw: Draw, *, ragged: bool) -> list[dict[str, Any]]:
     """The report's curve: a few settings, on the caller's data, or on drawn streams."""
     streams = draw.given or tuple(draw.stream(_FRAMES) for _ in range(_STREAMS))
-    points = measure(runtime, signature, streams, SETTINGS, ragged=ragged)
+    points = measure(runtime, signature, streams, _SETTINGS, ragged=ragged)
     return [point.json() for setting in points for point in setting]
 
 
