@@ -27,6 +27,7 @@ from carousel_export.reference import Reference
 from carousel_export.report import render
 from carousel_export.signature import Signature
 from carousel_export.torchscript import TORCHSCRIPT, write_torchscript
+from carousel_export.triton import check_triton, write_config
 from carousel_export.variants import check_variants
 from carousel_protos.bundle import Bundle, BundleWriter
 from carousel_protos.v1 import manifest_pb2 as pb
@@ -51,6 +52,7 @@ def export(
     links: Mapping[str, tuple[str, str]] | None = None,
     variants: Sequence[str] = (),
     variant_error: float = BOUND,
+    triton: bool = False,
 ) -> Bundle:
     """Export a model with recurrent layers to `<out>/<name>/<version>/`, and prove that it says what the model says.
 
@@ -66,6 +68,8 @@ def export(
     input, and the model's name and output, as in `{"memory": ("encoder", "memory"), "rnn.h_0": ("encoder", "hidden")}`.
     `variants` are "int8" and "float16": the ONNX files in that arithmetic, each with its measured error as its
     tolerance; one whose error is over `variant_error` times the largest value of an output is refused.
+    With `triton`, `<out>/<name>/config.pbtxt` is written for Triton Inference Server to serve the same model.onnx as a
+    stateful sequence.
 
     Raises `ExportError` (see `carousel_export.errors`), and `BundleError` for a name or version that cannot be written;
     then there is no bundle.
@@ -87,6 +91,8 @@ def export(
         if findings.reason:
             log.info("%s allows %s only: %s", name, type(default).__name__.lower(), findings.reason)
         lookahead = Lookahead in findings.policies
+        if triton:
+            check_triton(writer.version, policies, signature)
         with writer:
             write_graph(writer.path / MODEL, eager, signature, example)
             if lookahead:
@@ -107,7 +113,10 @@ def export(
             (writer.path / "parity.json").write_text(json.dumps(proof, allow_nan=False), encoding="utf-8")
             writer.list_files(manifest)
             (writer.path / "report.html").write_text(render(manifest, proof), encoding="utf-8")
-            return writer.commit(manifest)
+            bundle = writer.commit(manifest)
+        if triton:
+            write_config(bundle)
+        return bundle
 
 
 def parity(bundle: Bundle, model: nn.Module) -> dict[str, Any]:

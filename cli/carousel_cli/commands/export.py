@@ -44,6 +44,9 @@ from carousel_protos import BundleError
     show_default=True,
     help="The largest error of a variant, as a part of an output's largest value.",
 )
+@click.option(
+    "--triton", is_flag=True, help="Write config.pbtxt as well, for Triton to serve model.onnx as a stateful sequence."
+)
 @policy_options
 def command(
     factory: str,
@@ -54,6 +57,7 @@ def command(
     inputs: tuple[str, ...],
     variants: tuple[str, ...],
     variant_error: float,
+    triton: bool,
     policy: str | None,
     block: int | None,
     ahead: int | None,
@@ -87,6 +91,7 @@ def command(
             input_names=[spec.name for spec in specs] or None,
             variants=variants,
             variant_error=variant_error,
+            triton=triton,
             dims={spec.name: spec.dims for spec in specs} or None,
         )
     except (cx.ExportError, BundleError) as error:
@@ -97,3 +102,5 @@ def command(
         console.print(measured)
     click.echo(f"bundle  {bundle.path}")
     click.echo(f"report  {bundle.file('report.html')}")
+    if triton:
+        click.echo(f"triton  {bundle.path.parent / 'config.pbtxt'}")
