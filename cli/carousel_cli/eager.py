@@ -4,7 +4,7 @@ import pickle
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Self
 
@@ -67,8 +67,9 @@ class InputSpec:
         name, dtype, dims = (*text.split(":"), "", "")[:3]
         found = getattr(torch, dtype, None)
         sizes = tuple(dim.strip() for dim in dims.split(","))
-        known = all(dim in ("batch", "time") or (dim.isdecimal() and int(dim) > 0) for dim in sizes)
-        if text.count(":") != 2 or not name or not isinstance(found, torch.dtype) or not known or "time" not in sizes:
+        known = all(dim.isidentifier() or (dim.isdecimal() and int(dim) > 0) for dim in sizes)
+        rolled = "time" in sizes or "batch" in sizes
+        if text.count(":") != 2 or not name or not isinstance(found, torch.dtype) or not known or not rolled:
             raise click.UsageError(f"--input {text!r} is not NAME:DTYPE:DIMS, such as x:float32:batch,time,80")
         return cls(name, found, sizes)
 
@@ -77,11 +78,12 @@ def draw_inputs(specs: Sequence[InputSpec], model: nn.Module) -> tuple[Tensor, .
     """Example inputs: normal numbers, and for whole numbers any that every embedding of the model has."""
     taken = {int(dim) for spec in specs for dim in spec.dims if dim.isdecimal()}
     # The exporter tells axes apart by their sizes.
-    batch, time = islice((size for size in count(3, 4) if size not in taken), 2)
+    names = dict.fromkeys(["batch", "time", *(dim for spec in specs for dim in spec.dims if not dim.isdecimal())])
+    sizes = dict(zip(names, (size for size in count(3, 4) if size not in taken), strict=False))
     ids = min((layer.num_embeddings for layer in model.modules() if isinstance(layer, nn.Embedding)), default=2)
     drawn = []
     for spec in specs:
-        shape = [{"batch": batch, "time": time}.get(dim) or int(dim) for dim in spec.dims]
+        shape = [sizes.get(dim) or int(dim) for dim in spec.dims]
         drawn.append(
             torch.randn(shape).to(spec.dtype)
             if spec.dtype.is_floating_point

@@ -2,7 +2,7 @@
 
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import FileIO
 from typing import Any, Protocol
@@ -53,6 +53,18 @@ def open_source(name: str, manifest: Manifest, chunk: int) -> Iterator[Source]:
         return
     with loaded:
         yield Arrays({key: loaded[key] for key in loaded.files}, chunk)
+
+
+def read_context(texts: Sequence[str]) -> dict[str, Array]:
+    """Arrays by name, from NAME=FILE.npy. Raises `SourceError`."""
+    context: dict[str, Array] = {}
+    for text in texts:
+        name, _, file = text.partition("=")
+        try:
+            context[name] = np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise SourceError(f"--context {text!r} is not NAME=FILE.npy, or cannot be read: {error}") from error
+    return context
 
 
 class Arrays:

@@ -28,7 +28,15 @@ from carousel_protos import BundleError
     "inputs",
     multiple=True,
     metavar="NAME:DTYPE:DIMS",
-    help="An input, such as x:float32:batch,time,80, for which an example is drawn; once for each.",
+    help="An input, such as x:float32:batch,time,80, for which an example is drawn; once for each. One without time, "
+    "such as memory:float32:batch,source,64, is a session's context.",
+)
+@click.option(
+    "--link",
+    "links",
+    multiple=True,
+    metavar="INPUT=MODEL:OUTPUT",
+    help="This context or state input is what that model in --out answers as OUTPUT; once for each.",
 )
 @click.option(
     "--variant",
@@ -55,6 +63,7 @@ def command(
     version: str | None,
     checkpoint: Path | None,
     inputs: tuple[str, ...],
+    links: tuple[str, ...],
     variants: tuple[str, ...],
     variant_error: float,
     triton: bool,
@@ -93,6 +102,7 @@ def command(
             variant_error=variant_error,
             triton=triton,
             dims={spec.name: spec.dims for spec in specs} or None,
+            links=dict(map(_link, links)),
         )
     except (cx.ExportError, BundleError) as error:
         raise click.ClickException(str(error)) from error
@@ -104,3 +114,11 @@ def command(
     click.echo(f"report  {bundle.file('report.html')}")
     if triton:
         click.echo(f"triton  {bundle.path.parent / 'config.pbtxt'}")
+
+
+def _link(text: str) -> tuple[str, tuple[str, str]]:
+    given, _, source = text.partition("=")
+    model, _, output = source.partition(":")
+    if not given or not model or not output:
+        raise click.UsageError(f"--link {text!r} is not INPUT=MODEL:OUTPUT, such as memory=encoder:memory")
+    return given, (model, output)

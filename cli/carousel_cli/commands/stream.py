@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import carousel_client as cc
 from carousel_cli.answers import Answers
 from carousel_cli.common import make_policy, policy_options
-from carousel_cli.sources import Source, SourceError, open_source
+from carousel_cli.sources import Source, SourceError, open_source, read_context
 
 
 @click.command()
@@ -29,6 +29,13 @@ from carousel_cli.sources import Source, SourceError, open_source
 @click.option(
     "--labels", is_flag=True, help="Print the most likely label of each frame, a line for each, as they come."
 )
+@click.option(
+    "--context",
+    "contexts",
+    multiple=True,
+    metavar="NAME=FILE.npy",
+    help="What the model is given once for the session, such as memory=memory.npy; once for each of its contexts.",
+)
 @policy_options
 def command(
     model: str,
@@ -39,6 +46,7 @@ def command(
     chunk: int,
     output: Path | None,
     labels: bool,
+    contexts: tuple[str, ...],
     policy: str | None,
     block: int | None,
     ahead: int | None,
@@ -52,9 +60,10 @@ def command(
     if output is not None and output.suffix not in (".npy", ".npz"):
         raise click.UsageError(f"--output {output} is neither .npy nor .npz")
     try:
+        given = read_context(contexts)
         with (
             cc.connect(target) as client,
-            client.session(model, version=version, variant=variant, policy=asked) as session,
+            client.session(model, version=version, variant=variant, policy=asked, context=given) as session,
         ):
             manifest = client.model(model, version=session.version).manifest
             answers = Answers(manifest, output, labels=labels)
