@@ -12,11 +12,9 @@ from torch.utils import _pytree as pytree
 
 from carousel_export.eager import Eager, plain
 from carousel_export.errors import ExampleError, ModelError
+from carousel_export.given import Axes, given_axes, given_sources
 from carousel_export.recurrent import Layer, States, directions_of, states_of
 from carousel_export.signature import BATCH, SOURCE, SUPPORTED_DTYPES, TIME, Dims, Port, Signature, State
-
-# For each input the axis that has a role, None where it has none.
-Axes = tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ def find_signature(
     assert base is not None, "the example ran a moment ago"
     if not base.calls:
         raise ModelError(f"{eager.name} did not call any of its recurrent layers ({', '.join(eager.recurrent)})")
-    given = _given(names, example, dims)
+    given = given_axes(names, example, dims)
     time_axes = given[TIME] if given else _search(eager, example, base, TIME)
     if time_axes is None:
         raise _lost(eager, example, base, names)
@@ -64,7 +62,7 @@ def find_signature(
     roles: list[tuple[str, Axes]] = [(TIME, time_axes), *([] if batch_axes is None else [(BATCH, batch_axes)])]
     if None in time_axes:
         _check_contexts(names, time_axes, batch_axes)
-        roles += _given_sources(names, dims) if dims else _find_sources(eager, example, base, roles)
+        roles += given_sources(names, dims) if dims else _find_sources(eager, example, base, roles)
     eager_dims = [
         _dims(x, {axis: role for role, axes in roles if (axis := axes[i]) is not None}) for i, x in enumerate(example)
     ]
@@ -274,42 +272,6 @@ def _is_stack(together: Tensor, alone: Sequence[Tensor], axis: int) -> bool:
 
 def _dims(x: Tensor, named: Mapping[int, str]) -> Dims:
     return tuple(named.get(axis, str(size)) for axis, size in enumerate(x.shape))
-
-
-def _given(
-    names: Sequence[str], example: tuple[Tensor, ...], dims: Mapping[str, Sequence[str]] | None
-) -> dict[str, Axes | None]:
-    """The axes that the caller names; empty where it names none."""
-    if dims is None:
-        return {}
-    if set(dims) != set(names):
-        raise ExampleError(f"dims names {sorted(dims)}, the inputs are {sorted(names)}; name the axes of each")
-    for name, x in zip(names, example, strict=True):
-        roles = [dim for dim in dims[name] if not dim.isdecimal()]
-        wanted = [str(size) if dim.isdecimal() else dim for dim, size in zip(dims[name], x.shape, strict=False)]
-        if list(dims[name]) != wanted or len(dims[name]) != x.dim() or len(set(roles)) != len(roles):
-            raise ExampleError(
-                f"dims of {name!r} are {','.join(dims[name])} and its example is {list(x.shape)}; give {x.dim()} "
-                "dims, each role once, and sizes as they are"
-            )
-    if not any(TIME in dims[name] for name in names):
-        raise ExampleError("dims name no axis that is time; name it in each input that has a value for each frame")
-    if len({BATCH in dims[name] for name in names}) != 1:
-        raise ExampleError("dims name the batch axis of some inputs only; name one for each input, or for none")
-    return {
-        TIME: _axes(names, dims, TIME),
-        BATCH: _axes(names, dims, BATCH) if BATCH in dims[names[0]] else None,
-    }
-
-
-def _given_sources(names: Sequence[str], dims: Mapping[str, Sequence[str]]) -> list[tuple[str, Axes]]:
-    """The named axes that are neither batch nor time."""
-    found = dict.fromkeys(dim for name in names for dim in dims[name] if dim not in (BATCH, TIME))
-    return [(dim, _axes(names, dims, dim)) for dim in found if not dim.isdecimal()]
-
-
-def _axes(names: Sequence[str], dims: Mapping[str, Sequence[str]], role: str) -> Axes:
-    return tuple(list(dims[name]).index(role) if role in dims[name] else None for name in names)
 
 
 def _input_names(eager: Eager, example: tuple[Tensor, ...], given: Sequence[str] | None) -> tuple[str, ...]:

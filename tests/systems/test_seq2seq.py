@@ -136,6 +136,19 @@ def test_teacher_forcing_in_a_batch(client: cc.Client) -> None:
                 assert not got[name][row, length:].any()
 
 
+async def test_the_asyncio_client(models: Path, client: cc.Client) -> None:
+    """A context is given to a session of the asyncio client as to the blocking one's."""
+    memory = torch.randn(5, 2 * HIDDEN)
+    async with (
+        cc.aio.connect(client.target) as connected,
+        connected.session("decoder", context={"memory": memory.numpy()}) as session,
+    ):
+        got = await session.send([1, 2, 3], end=True)
+    with torch.no_grad():
+        wanted = make(Decoder)(torch.tensor([[1, 2, 3]]), memory[None])["logits"][0]
+    np.testing.assert_allclose(got["logits"], wanted, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("context", "words"),
     [
@@ -151,6 +164,17 @@ def test_a_context_that_does_not_fit(client: cc.Client, context: dict[str, objec
     """A context that lacks, or has another type, shape or values, is refused with what was wanted."""
     with pytest.raises(cc.InvalidArgument) as refused, client.session("decoder", context=context) as session:
         session.ready()
+    for word in words:
+        assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(("rows", "words"), [(2, ["[2, 5, 16]", "3 rows"]), (3, ["float64"])])
+def test_contexts_of_a_batch_that_do_not_fit(client: cc.Client, rows: int, words: list[str]) -> None:
+    """A batch of whole sequences needs a context for each row, of the right kind."""
+    kind = np.float32 if rows == 2 else np.float64
+    batch = {"tokens": np.zeros((3, 4), np.int64), "memory": np.zeros((rows, 5, 16), kind)}
+    with pytest.raises(cc.InvalidArgument) as refused:
+        client.infer("decoder", batch)
     for word in words:
         assert word in str(refused.value)
 

@@ -50,3 +50,22 @@ def read_context(spec: ModelSpec, tensors: Mapping[str, Array], where: str) -> t
                     tensor=port.name,
                 )
     return Context(tuple(tensors[name] for name in wanted)), tuple(port.bind(sizes) for port in spec.outputs)
+
+
+def read_contexts(spec: ModelSpec, tensors: Mapping[str, Array], batch: int) -> tuple[list[Context], tuple[Port, ...]]:
+    """The contexts of a batch's rows from `[batch, …]` arrays, and the outputs with their sizes, the same for all.
+
+    `tensors` may have others beside them. Raises `TensorError` as `read_context` does, and for an array without a row for each.
+    """
+    own = {port.name: tensors[port.name] for port in spec.contexts}
+    for name, array in own.items():
+        if array.ndim < 1 or len(array) != batch:
+            raise TensorError(
+                f"context {name!r} is {describe(array.dtype, array.shape)} beside {batch} rows; send it for each",
+                tensor=name,
+            )
+    rows = [
+        read_context(spec, {name: array[i] for name, array in own.items()}, f"row {i} of the request")
+        for i in range(batch)
+    ]
+    return [context for context, _ in rows], rows[0][1] if rows else spec.outputs

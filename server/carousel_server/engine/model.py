@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from carousel_protos.v1.manifest_pb2 import Manifest, Policy
 from carousel_server.config import Limits
 from carousel_server.engine.arena import Arena
-from carousel_server.engine.context import Context, read_context
+from carousel_server.engine.context import read_context, read_contexts
 from carousel_server.engine.infer import InferRow, stack
 from carousel_server.engine.policy import FULL, choose_blocking
 from carousel_server.engine.runner import Outcome, Runner
 from carousel_server.engine.runtime import RunError, Runtime
 from carousel_server.engine.scheduler import Scheduler
 from carousel_server.engine.session import Session
-from carousel_server.engine.spec import Array, ModelSpec, Port, describe
+from carousel_server.engine.spec import Array, ModelSpec, describe
 from carousel_server.engine.step import Step
 from carousel_server.engine.variants import Variants
 from carousel_server.errors import (
@@ -181,7 +181,9 @@ class Model:
         if len(shapes) > 1:
             raise TensorError(f"the tensors differ in batch and time: {sorted(shapes)}; send the same for each")
         batch, time = shapes.pop()
-        contexts, outputs = self._infer_contexts({port.name: tensors[port.name] for port in self.spec.contexts}, batch)
+        contexts, outputs = read_contexts(
+            self.spec, {port.name: tensors[port.name] for port in self.spec.contexts}, batch
+        )
         lengths = np.full(batch, time, np.int32) if lengths is None else lengths
         if batch < 1 or len(lengths) != batch or lengths.min() < 1 or lengths.max() > time:
             raise TensorError(f"wanted one length from 1 to {time} for each of the {batch} rows, and at least one row")
@@ -209,20 +211,6 @@ class Model:
                 raise answer
             rows.append(answer)
         return stack(outputs, lengths, time, rows)
-
-    def _infer_contexts(self, tensors: dict[str, Array], batch: int) -> tuple[list[Context], tuple[Port, ...]]:
-        """Each row's context, and the outputs with their sizes in it, which are the same for all rows."""
-        for name, array in tensors.items():
-            if array.ndim < 1 or len(array) != batch:
-                raise TensorError(
-                    f"context {name!r} is {describe(array.dtype, array.shape)} beside {batch} rows; send it for each",
-                    tensor=name,
-                )
-        rows = [
-            read_context(self.spec, {name: array[i] for name, array in tensors.items()}, f"row {i} of the request")
-            for i in range(batch)
-        ]
-        return [context for context, _ in rows], rows[0][1] if rows else self.spec.outputs
 
     # Steps
 
