@@ -53,9 +53,10 @@ def read_context(spec: ModelSpec, tensors: Mapping[str, Array], where: str) -> t
 
 
 def read_contexts(spec: ModelSpec, tensors: Mapping[str, Array], batch: int) -> tuple[list[Context], tuple[Port, ...]]:
-    """The contexts of a batch's rows from `[batch, …]` arrays, and the outputs with their sizes, the same for all.
+    """The contexts of a batch's rows, and the outputs with their sizes, the same for all.
 
-    `tensors` may have others beside them. Raises `TensorError` as `read_context` does, and for an array without a row for each.
+    `tensors` has the contexts as `[batch, …]`, and may have others beside them. Raises `TensorError` as `read_context`
+    does, and for an array without a row for each.
     """
     own = {port.name: tensors[port.name] for port in spec.contexts}
     for name, array in own.items():
