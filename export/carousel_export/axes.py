@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from carousel_export.eager import Eager, plain
 from carousel_export.errors import ExampleError, ModelError
 from carousel_export.given import Axes, given_axes, given_sources
-from carousel_export.recurrent import Layer, States, directions_of, states_of
+from carousel_export.recurrent import Layer, States, sides_of, states_of
 from carousel_export.signature import BATCH, SOURCE, SUPPORTED_DTYPES, TIME, Dims, Port, Signature, State
 
 
@@ -96,7 +96,7 @@ def find_signature(
             for call in base.calls
             for kind in states_of(call.module)
         ),
-        bidirectional=any(directions_of(call.module) == 2 for call in base.calls),
+        bidirectional=any("reverse" in sides_of(call.module) for call in base.calls),
     )
 
 
@@ -126,10 +126,8 @@ def _search(eager: Eager, example: tuple[Tensor, ...], base: _Run, role: str) ->
     return None
 
 
-def _grown(
-    eager: Eager, example: tuple[Tensor, ...], free: Sequence[Collection[int]] | None = None
-) -> Iterator[tuple[Axes, _Run]]:
-    """Runs with axes of one size grown by one together, at most one of each input: of `free`, or of all.
+def candidates(example: Sequence[Tensor], free: Sequence[Collection[int]] | None = None) -> Iterator[Axes]:
+    """Axes of one size, at most one of each input, that may have one role: of `free`, or of all.
 
     As few as can be first: what does not have to grow with the others is not of their role. But a size of one is taken
     for any other by code that broadcasts, and there as many as can be come first.
@@ -141,7 +139,14 @@ def _grown(
         if len(sizes) == 1:
             count = sum(axis is not None for axis in axes)
             found.append((count if sizes != {1} else len(axes) - count, axes))
-    for _, axes in sorted(found, key=lambda entry: entry[0]):
+    return (axes for _, axes in sorted(found, key=lambda entry: entry[0]))
+
+
+def _grown(
+    eager: Eager, example: tuple[Tensor, ...], free: Sequence[Collection[int]] | None = None
+) -> Iterator[tuple[Axes, _Run]]:
+    """Runs with candidate axes grown by one together."""
+    for axes in candidates(example, free):
         run = _run(eager, _grow_all(example, axes))
         if run is not None:
             yield axes, run
@@ -276,7 +281,7 @@ def _dims(x: Tensor, named: Mapping[int, str]) -> Dims:
 
 def _input_names(eager: Eager, example: tuple[Tensor, ...], given: Sequence[str] | None) -> tuple[str, ...]:
     if given is None:
-        parameters = inspect.signature(type(eager.module).forward).parameters.values()
+        parameters = inspect.signature(eager.kind.forward).parameters.values()
         plain_names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][1:]
         unnamed = [f"input_{i}" for i in range(len(plain_names), len(example))]
         given = [*plain_names, *unnamed][: len(example)]

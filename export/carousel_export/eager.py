@@ -4,9 +4,9 @@ import functools
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from math import isqrt
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from carousel_export.crf import return_tensors
 from carousel_export.errors import ExampleError, ExportError, ModelError, one_line
 from carousel_export.fold import copy_module, fold
-from carousel_export.recurrent import Layer, States, as_hx, as_states, find_recurrent, kind_of
+from carousel_export.recurrent import Layer, States, as_hx, as_states, find_cells, find_recurrent, kind_of
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,21 @@ def run_layer(module: Layer, x: Tensor, states: States | None) -> tuple[Tensor, 
     """What eager PyTorch answers from these states (None: from zero)."""
     y, ended = type(module).forward(module, x, None if states is None else as_hx(states))
     return y, as_states(ended)
+
+
+class Loops(Protocol):
+    """A model that loops over cells, as its user wrote it."""
+
+    def run(
+        self,
+        inputs: Sequence[Tensor],
+        handler: Handler,
+        memory: MutableMapping[str, States],
+        block: int | None,
+        *,
+        plain: bool,
+    ) -> list[Tensor]:
+        """The outputs, from the states in `memory`; see `loops.written`."""
 
 
 class Eager:
@@ -62,6 +77,10 @@ class Eager:
         self.module.requires_grad_(False)
         return_tensors(self.module)
         self.recurrent = find_recurrent(self.module)
+        self.kind = type(self.module)
+        # Cells are in loops; `without_loops` makes layers of them, and then `written` is the model with the loops.
+        self.cells = find_cells(self.module)
+        self.written: Loops | None = None
         for path, layer in self.recurrent.items():
             if layer.dropout:
                 log.info("%s: dropout=%g is inactive, as in evaluation mode", path or self.name, layer.dropout)
@@ -69,7 +88,7 @@ class Eager:
     @property
     def name(self) -> str:
         """The model's class."""
-        return type(self.module).__name__
+        return self.kind.__name__
 
     def free_sizes(self, count: int, least: int = 2) -> list[int]:
         """Primes from `least` on that are no size of the model's tensors: axes of these sizes tell themselves apart."""

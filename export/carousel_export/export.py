@@ -19,11 +19,12 @@ from carousel_export.gate import prove, runtimes_of
 from carousel_export.golden import GOLDEN, read_samples, write_golden
 from carousel_export.graph import LOOKAHEAD, MODEL, write_graph
 from carousel_export.links import find_links
+from carousel_export.loops.written import without_loops
 from carousel_export.manifest import describe
 from carousel_export.measure import BOUND, measure_variants, start_variants
 from carousel_export.policies import Lookahead, Policy, from_message
 from carousel_export.quiet import undisturbed
-from carousel_export.reference import Reference
+from carousel_export.reference import Reference, Stream
 from carousel_export.report import render
 from carousel_export.signature import Signature
 from carousel_export.torchscript import TORCHSCRIPT, write_torchscript
@@ -79,13 +80,13 @@ def export(
     example = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     example = tuple(x.detach().cpu() if isinstance(x, Tensor) else _refuse(x) for x in example)
     with undisturbed():
-        eager = Eager(model)
+        eager = without_loops(Eager(model), example)
         signature = find_signature(eager, example, input_names, output_names, dims)
         named_labels = _labels(signature, labels)
         linked = find_links(signature, links or {}, Path(out))
         reference = Reference(eager, signature)
         draw = Draw(signature, example_samples(signature, example), given_streams(signature, data))
-        findings = find_policies(reference, draw)
+        findings = find_policies(Reference(eager, signature, rolled=True), draw)
         signature = replace(signature, ragged=findings.ragged)
         default, policies = choose(policy, findings)
         if findings.reason:
@@ -126,15 +127,22 @@ def parity(bundle: Bundle, model: nn.Module) -> dict[str, Any]:
     for a model that is not this bundle's.
     """
     with undisturbed():
-        eager = Eager(model)
         manifest = bundle.manifest
         signature = Signature.from_manifest(manifest)
+        samples = read_samples(bundle.file(GOLDEN), signature)
+        eager = without_loops(Eager(model), _as_example(signature, max(samples, key=lambda sample: sample.frames)))
         paths = {state.call.partition(".call")[0] for state in signature.states}
         if missing := paths - {call_name(path, module, 0) for path, module in eager.recurrent.items()}:
             raise ExportError(f"{eager.name} has no layer {min(missing)!r}; give the model that {bundle.path} is of")
-        draw = Draw(signature, read_samples(bundle.file(GOLDEN), signature))
+        draw = Draw(signature, samples)
         policies = [from_message(policy) for policy in manifest.policies]
         return prove(runtimes_of(bundle.path), Reference(eager, signature), draw, policies, ragged=manifest.ragged)
+
+
+def _as_example(signature: Signature, sample: Stream) -> list[Tensor]:
+    ports = (*signature.inputs, *signature.contexts)
+    pairs = zip(ports, (*sample.inputs, *sample.contexts), strict=True)
+    return signature.arrange({port.name: port.give(x) for port, x in pairs})
 
 
 def _refuse(value: object) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from carousel_export.eager import Eager, call_name, run_layer
-from carousel_export.recurrent import Layer, States, directions_of, kind_of
+from carousel_export.recurrent import Layer, States, directions_of, kind_of, sides_of
 from carousel_export.signature import BATCH, TIME, Port, Signature
 from carousel_protos.v1 import manifest_pb2 as pb
 
@@ -67,6 +67,7 @@ def _layers(eager: Eager, signature: Signature, flops: dict[str, int]) -> Iterab
             hidden_size=module.hidden_size,
             num_layers=module.num_layers,
             num_directions=directions_of(module),
+            backward="reverse" in sides_of(module),
             parameters=_count(own.values()),
             trainable_parameters=_count(p for name, p in own.items() if within + name in eager.trainable),
             layer_parameters=[

@@ -13,14 +13,11 @@ from torch.utils import _pytree as pytree
 from carousel_export.crf import decode_in_graph
 from carousel_export.eager import Eager, call_name
 from carousel_export.ragged import RaggedTime
-from carousel_export.recurrent import States, as_hx, directions_of, kind_of, weights_of
+from carousel_export.recurrent import LAYERS, States, as_hx, directions_of, kind_of, places_of, sides_of, weights_of
 from carousel_export.signature import Signature
 
 # (layer, direction, x [time, batch, size], lengths, states [directions, batch, size], None: zero) → y and the states
 RunLayer = Callable[[int, str, Tensor, Tensor, States | None], tuple[Tensor, States]]
-
-# Which of a layer's directions, forward first, one call runs.
-SIDES = {"forward": (0,), "reverse": (1,), "bidirectional": (0, 1)}
 
 
 @dataclass
@@ -72,7 +69,7 @@ class LiftedLayer(nn.RNNBase):
         return (y.transpose(0, 1) if self.batch_first else y), as_hx(ended)
 
     def _whole(self, frame: Frame, call: str, x: Tensor) -> tuple[Tensor, States]:
-        direction = "bidirectional" if self.bidirectional else "forward"
+        direction = "bidirectional" if self.bidirectional else sides_of(self)[0]
         directions = directions_of(self)
         ended = []
         for layer in range(self.num_layers):
@@ -89,37 +86,32 @@ class LiftedLayer(nn.RNNBase):
         """
         assert frame.lengths_ahead is not None, "a frame with a split has lengths ahead"
         block, ahead = x[: frame.split], x[frame.split :]
-        directions = directions_of(self)
+        sides = sides_of(self)
         ended = []
         for layer in range(self.num_layers):
-            row = slice(layer * directions, layer * directions + 1)
-            before = tuple(s[row] for s in frame.states[call])
-            y, states = self.run_layer(layer, "forward", block, frame.lengths, before)
-            y_ahead, _ = self.run_layer(layer, "forward", ahead, frame.lengths_ahead, states)
-            if self.bidirectional:
-                back_ahead, handed = self.run_layer(layer, "reverse", ahead, frame.lengths_ahead, None)
-                back, _ = self.run_layer(layer, "reverse", block, frame.lengths, handed)
-                y, y_ahead = torch.cat([y, back], dim=2), torch.cat([y_ahead, back_ahead], dim=2)
-                # The backward row is zero: each block starts it anew.
-                states = tuple(nn.functional.pad(s, (0, 0, 0, 0, 0, 1)) for s in states)
-            block, ahead = y, y_ahead
-            ended.append(states)
+            ys, ys_ahead, rows = [], [], []
+            for row, side in enumerate(sides, layer * len(sides)):
+                if side == "forward":
+                    before = tuple(s[row : row + 1] for s in frame.states[call])
+                    y, states = self.run_layer(layer, side, block, frame.lengths, before)
+                    y_ahead, _ = self.run_layer(layer, side, ahead, frame.lengths_ahead, states)
+                    rows.append(states)
+                else:
+                    y_ahead, handed = self.run_layer(layer, side, ahead, frame.lengths_ahead, None)
+                    y, states = self.run_layer(layer, side, block, frame.lengths, handed)
+                    # The backward row is zero: each block starts it anew.
+                    rows.append(tuple(nn.functional.pad(s[:0], (0, 0, 0, 0, 0, 1)) for s in states))
+                ys.append(y)
+                ys_ahead.append(y_ahead)
+            block, ahead = torch.cat(ys, dim=2), torch.cat(ys_ahead, dim=2)
+            ended += rows
         return torch.cat([block, ahead]), tuple(torch.cat(states) for states in zip(*ended, strict=True))
 
 
-class LiftedLSTM(LiftedLayer, nn.LSTM):  # type: ignore[misc]  # it returns what nn.LSTM returns
-    """A lifted `nn.LSTM`."""
-
-
-class LiftedGRU(LiftedLayer, nn.GRU):  # type: ignore[misc]
-    """A lifted `nn.GRU`."""
-
-
-class LiftedRNN(LiftedLayer, nn.RNN):  # type: ignore[misc]
-    """A lifted `nn.RNN`."""
-
-
-_LIFTED: dict[type[nn.Module], type[LiftedLayer]] = {nn.LSTM: LiftedLSTM, nn.GRU: LiftedGRU, nn.RNN: LiftedRNN}
+# Each is still an `nn.LSTM`, say, and returns what it returns.
+_LIFTED: dict[type[nn.Module], type[LiftedLayer]] = {
+    kind: type(f"Lifted{kind.__name__}", (LiftedLayer, kind), {}) for kind in LAYERS
+}
 
 
 class LiftedModel(nn.Module):
@@ -212,8 +204,8 @@ def bind_onnx(layers: dict[str, LiftedLayer]) -> None:
     for module in layers.values():
         kind = kind_of(module)
         for layer in range(module.num_layers):
-            for direction in SIDES if module.bidirectional else ("forward",):
-                sides = [weights_of(module, layer, side) for side in SIDES[direction]]
+            for direction in (*sides_of(module), *(["bidirectional"] if module.bidirectional else [])):
+                sides = [weights_of(module, layer, place) for place in places_of(module, direction)]
                 name = f"{direction}_{layer}"
                 module.register_buffer(f"w_{name}", share(kind.pack_gates, [side[0] for side in sides]))
                 module.register_buffer(f"r_{name}", share(kind.pack_gates, [side[1] for side in sides]))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from carousel_export.eager import Eager, run_layer
 from carousel_export.errors import ExampleError
 from carousel_export.policies import Full, Lookahead, Piece, Policy
-from carousel_export.recurrent import Layer, States, directions_of, weights_of
+from carousel_export.recurrent import Layer, States, directions_of, sides_of, weights_of
 from carousel_export.signature import Port, Signature
 
 
@@ -63,9 +63,11 @@ class Reference:
 
     name = "eager PyTorch"
 
-    def __init__(self, eager: Eager, signature: Signature) -> None:
+    def __init__(self, eager: Eager, signature: Signature, *, rolled: bool = False) -> None:
+        """`rolled`: where the model had loops over cells, ask the layers that they became, and not the loops."""
         self.eager = eager
         self.signature = signature
+        self._written = None if rolled else eager.written
         self._single: dict[tuple[Layer, int, int], Layer] = {}
 
     def run(self, sequence: Stream, policy: Policy) -> Answer:
@@ -98,7 +100,12 @@ class Reference:
                 memory[call] = tuple(s.unsqueeze(1) if unbatched else s for s in ended)
                 return y, ended
 
-            outputs = self.eager.run(self.signature.arrange(given), answer)
+            inputs = self.signature.arrange(given)
+            if self._written is None:
+                outputs = self.eager.run(inputs, answer)
+            else:
+                block = piece.block if lookahead else None
+                outputs = self._written.run(inputs, answer, memory, block, plain=plain)
             parts.append([self._cut(port, y, piece) for port, y in zip(self.signature.outputs, outputs, strict=True)])
         joined = tuple(
             torch.cat(column) if port.timed else column[-1]
@@ -128,22 +135,24 @@ class Reference:
     def _lookahead(self, module: Layer, x: Tensor, states: States, block: int) -> tuple[Tensor, States]:
         """A layer stack by the blueprint's words; the state it gives on has zeros for the backward directions."""
         batched = x.unsqueeze(1) if x.dim() == 2 else x.transpose(0, 1) if module.batch_first else x
-        directions = directions_of(module)
+        sides = sides_of(module)
         ended = tuple(torch.zeros_like(state) for state in states)
         for layer in range(module.num_layers):
-            row = layer * directions
-            before = tuple(state[row : row + 1].contiguous() for state in states)
-            forward = self._direction(module, layer, 0)
-            y, after = run_layer(forward, batched[:block], before)
-            for state, value in zip(ended, after, strict=True):
-                state[row] = value[0]
-            if len(batched) > block:
-                y = torch.cat([y, run_layer(forward, batched[block:], after)[0]])
-            if directions == 2:
-                # Backward from zero over the frames ahead, then the block: one run over all of them, reversed.
-                backward = self._direction(module, layer, 1)
-                y = torch.cat([y, run_layer(backward, batched.flip(0), None)[0].flip(0)], dim=2)
-            batched = y
+            ys = []
+            for place, side in enumerate(sides):
+                single = self._direction(module, layer, place)
+                if side == "reverse":
+                    # Backward from zero over the frames ahead, then the block: one run over all of them, reversed.
+                    ys.append(run_layer(single, batched.flip(0), None)[0].flip(0))
+                    continue
+                row = layer * len(sides) + place
+                y, after = run_layer(single, batched[:block], tuple(s[row : row + 1].contiguous() for s in states))
+                for state, value in zip(ended, after, strict=True):
+                    state[row] = value[0]
+                if len(batched) > block:
+                    y = torch.cat([y, run_layer(single, batched[block:], after)[0]])
+                ys.append(y)
+            batched = torch.cat(ys, dim=2)
         y = batched.squeeze(1) if x.dim() == 2 else batched.transpose(0, 1) if module.batch_first else batched
         return y, ended
 

@@ -169,7 +169,7 @@ class Signature:
             inputs=tuple(Port.from_message(port) for port in manifest.inputs),
             outputs=tuple(Port.from_message(port) for port in manifest.outputs),
             states=tuple(State.from_message(state) for state in manifest.states),
-            bidirectional=any(layer.num_directions == 2 for layer in manifest.layers),
+            bidirectional=any(layer.backward for layer in manifest.layers),
             contexts=tuple(Port.from_message(port) for port in manifest.contexts),
             arguments=tuple(manifest.arguments),
             ragged=manifest.ragged,

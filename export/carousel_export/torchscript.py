@@ -10,10 +10,10 @@ from torch import Tensor
 from carousel_export.eager import Eager
 from carousel_export.errors import GraphError, one_line
 from carousel_export.graph import trace_inputs
-from carousel_export.lift import SIDES, LiftedLayer, RunLayer, lift
+from carousel_export.lift import LiftedLayer, RunLayer, lift
 from carousel_export.operators import ragged
 from carousel_export.quiet import quiet
-from carousel_export.recurrent import States, states_of, weights_of
+from carousel_export.recurrent import States, places_of, states_of, weights_of
 from carousel_export.signature import Signature
 
 TORCHSCRIPT = "model.pt"
@@ -57,9 +57,9 @@ def _bind_torchscript(layers: dict[str, LiftedLayer]) -> None:
 
 def _scripted_layer(module: LiftedLayer) -> RunLayer:
     def run(layer: int, direction: str, x: Tensor, lengths: Tensor, states: States | None) -> tuple[Tensor, States]:
-        sides = SIDES[direction]
-        weights = [tensor for side in sides for tensor in weights_of(module, layer, side)]
-        starts = states or [x.new_zeros(len(sides), x.size(1), state.size) for state in states_of(module)]
+        places = places_of(module, direction)
+        weights = [tensor for place in places for tensor in weights_of(module, layer, place)]
+        starts = states or [x.new_zeros(len(places), x.size(1), state.size) for state in states_of(module)]
         y, ended = _scripted()(module.mode, x, lengths, list(starts), weights, bool(module.bias), direction)
         return y, tuple(ended)
 

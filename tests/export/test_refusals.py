@@ -44,6 +44,10 @@ class OwnLSTM(nn.LSTM):
     """A subclass."""
 
 
+class OwnCell(nn.GRUCell):
+    """A subclass."""
+
+
 def with_nan() -> nn.Module:
     inner = lstm()
     with torch.no_grad():
@@ -53,6 +57,14 @@ def with_nan() -> nn.Module:
 
 def frame_by_frame(inner: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([inner(x[:, t : t + 1])[0] for t in range(x.shape[1])], dim=1)
+
+
+def fading(inner: nn.Module, x: Tensor) -> Tensor:
+    h, answers = None, []
+    for frame in x.unbind(1):
+        h = inner(frame, h) / 2
+        answers.append(h)
+    return torch.stack(answers, 1)
 
 
 def with_state(inner: nn.Module, x: Tensor) -> Tensor:
@@ -69,7 +81,9 @@ def over_features(inner: nn.Module, x: Tensor) -> Tensor:
 
 
 REFUSED = {
-    "cell": (Around(nn.LSTMCell(5, 4)), X, cx.ModelError, ["inner (LSTMCell)"]),
+    "cell": (nn.LSTMCell(5, 4), X[:, 0], cx.ModelError, ["the model itself (LSTMCell)", "loops over the frames"]),
+    "cell with a state that fades": (Around(nn.GRUCell(5, 4), fading), X, cx.ModelError, ["inner", "unchanged"]),
+    "own cell": (Around(OwnCell(5, 4), fading), X, cx.ModelError, ["inner (OwnCell)", "subclass"]),
     "subclass": (Around(OwnLSTM(5, 4)), X, cx.ModelError, ["inner (OwnLSTM)", "plain one of nn.LSTM"]),
     "nothing recurrent": (nn.Linear(5, 4), X, cx.ModelError, ["Linear has no recurrent layer"]),
     "in a plain list": (InAList(), X, cx.ModelError, ["layers", "plain list", "nn.ModuleList"]),

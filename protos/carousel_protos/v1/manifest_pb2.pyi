@@ -469,6 +469,7 @@ class RecurrentLayer(_message.Message):
     LAYER_PARAMETERS_FIELD_NUMBER: _builtins.int
     STATE_BYTES_FIELD_NUMBER: _builtins.int
     FLOPS_PER_FRAME_FIELD_NUMBER: _builtins.int
+    BACKWARD_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The module's path in the eager model; a module's second call has ".call1" after it."""
     kind: _builtins.str
@@ -483,6 +484,8 @@ class RecurrentLayer(_message.Message):
     """What a session keeps of this layer."""
     flops_per_frame: _builtins.int
     """As Manifest.flops_per_frame, of this layer alone."""
+    backward: _builtins.bool
+    """Whether it has a direction from the last frame to the first, which may be its only one."""
     @_builtins.property
     def layer_parameters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Of each of the num_layers in turn, all its directions together."""
@@ -501,10 +504,11 @@ class RecurrentLayer(_message.Message):
         layer_parameters: _abc.Iterable[_builtins.int] | None = ...,
         state_bytes: _builtins.int = ...,
         flops_per_frame: _builtins.int = ...,
+        backward: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["flops_per_frame", b"flops_per_frame", "hidden_size", b"hidden_size", "input_size", b"input_size", "kind", b"kind", "layer_parameters", b"layer_parameters", "name", b"name", "num_directions", b"num_directions", "num_layers", b"num_layers", "parameters", b"parameters", "state_bytes", b"state_bytes", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "flops_per_frame", b"flops_per_frame", "hidden_size", b"hidden_size", "input_size", b"input_size", "kind", b"kind", "layer_parameters", b"layer_parameters", "name", b"name", "num_directions", b"num_directions", "num_layers", b"num_layers", "parameters", b"parameters", "state_bytes", b"state_bytes", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
