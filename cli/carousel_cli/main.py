@@ -7,7 +7,7 @@ import click
 
 from carousel_cli.settings import Settings, flag_of
 
-COMMANDS = ("export", "inspect", "verify", "serve", "stream", "tune")
+COMMANDS = ("export", "import", "inspect", "verify", "serve", "stream", "tune")
 
 
 class Carousel(click.Group):
@@ -19,7 +19,8 @@ class Carousel(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 -- click's signature
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"carousel_cli.commands.{cmd_name}").command
+        module = "import_" if cmd_name == "import" else cmd_name  # Python has that word for itself
+        command: click.Command = importlib.import_module(f"carousel_cli.commands.{module}").command
         for param in command.params:
             if isinstance(param, click.Option):
                 param.envvar = "CAROUSEL_" + flag_of(param).upper().replace("-", "_")

@@ -2,6 +2,7 @@
 
 from carousel_export.errors import ExampleError, ExportError, GraphError, ModelError, ParityError, PolicyError
 from carousel_export.export import export, parity
+from carousel_export.imported.importing import import_model
 from carousel_export.policies import Carry, Causal, Full, Lookahead, Policy
 from carousel_export.tune import Tuning, tune
 from carousel_export.viterbi import viterbi_decode
@@ -20,6 +21,7 @@ __all__ = [
     "PolicyError",
     "Tuning",
     "export",
+    "import_model",
     "parity",
     "tune",
     "viterbi_decode",

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from carousel_export.draw import Draw
 from carousel_export.policies import Carry, Causal, Lookahead, Policy, to_json
-from carousel_export.reference import Reference, Stream
+from carousel_export.reference import Source, Stream
 from carousel_export.signature import Signature
 
 GOLDEN = "golden.safetensors"
 _LENGTHS = (1, 7, 18, 31)
 
 
-def write_golden(path: Path, reference: Reference, draw: Draw, policies: Sequence[Policy]) -> None:
+def write_golden(path: Path, reference: Source, draw: Draw, policies: Sequence[Policy]) -> None:
     """Write cases for each policy, with eager PyTorch's answers; causal and carry start from a non-zero state."""
     signature = reference.signature
     tensors: dict[str, Tensor] = {}
