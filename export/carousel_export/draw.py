@@ -1,7 +1,8 @@
 """Streams to try a model on: drawn like its example, or the caller's own."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class Draw:
     samples: Sequence[Stream]
     given: Sequence[Stream] = ()
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(20))
+    turns: Iterator[int] = field(default_factory=count)
 
     def stream(self, frames: int, *, initial: bool = False) -> Stream:
         """One stream of `frames`, with random cuts; `initial`: from a random state with values within (−1, 1)."""
@@ -38,7 +40,12 @@ class Draw:
         """Contexts of a size that many others have too. Whole numbers are those of one row, which belong together."""
         if not self.signature.contexts:
             return ()
-        sizes = {dim: _SOURCES[self.integer(0, len(_SOURCES))] for dim in self.signature.sources}
+        # In turn, so that every few streams have each size.
+        turn = next(self.turns)
+        sizes = {
+            dim: _SOURCES[(turn + i * (turn // len(_SOURCES))) % len(_SOURCES)]
+            for i, dim in enumerate(self.signature.sources)
+        }
         row = self.samples[self.integer(0, len(self.samples))]
         drawn = []
         for i, (port, known) in enumerate(zip(self.signature.contexts, row.contexts, strict=True)):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tests.cli.conftest import Run, one_line, usage
+from tests.report.test_report import Page
 from tests.support.models import Tagger, looked_ahead, make, whole
 
 FACTORY = """
@@ -87,9 +88,9 @@ def test_a_plot_is_written(run_here: Run, models: Path, tmp_path: Path, data: li
     drawing = ET.parse(tmp_path / "curve.svg")
     lines = drawing.findall(".//{http://www.w3.org/2000/svg}polyline")
     assert len(lines) == 2 * 3  # two charts; carry(1), block 1, block 8
-    page = (tmp_path / "curve.html").read_text()
-    assert "lookahead(8, 4)" in page
-    assert page.count("<svg viewBox") == 2
+    html = (tmp_path / "curve.html").read_text()
+    assert "lookahead(8, 4)" in Page(html).words()
+    assert html.count("<svg viewBox") == 2
     assert "neither .html nor .svg" in usage(run_here(*asked, "--plot", "curve.pdf"))
 
 

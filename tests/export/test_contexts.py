@@ -1,9 +1,11 @@
 """Inputs without time are found by experiment, and so are those of their axes in which sessions may differ."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 import carousel_export as cx
@@ -72,6 +74,18 @@ def test_given_data_have_their_contexts(tmp_path: Path) -> None:
     assert '"given data' in made.file("parity.json").read_text()
     with pytest.raises(cx.ExampleError, match=r"data\[0\] gives 'memory'.*\[source, 4\]"):
         cx.export(Attends(), example(3, 6, 5), name="net", out=tmp_path, data=[(data[0][0], *[data[0][0]] * 3)])
+
+
+def test_golden_contexts_differ_in_size(tmp_path: Path) -> None:
+    """The golden sequences of every case have contexts of several sizes, one among them, or little would be shown."""
+    made = cx.export(Attends(), example(3, 6, 5), name="net", out=tmp_path)
+    with safe_open(made.file("golden.safetensors"), framework="pt") as golden:
+        for case in json.loads(golden.metadata()["cases"]):
+            prefixes = [f"{case['name']}/{i}/context/" for i in range(case["sequences"])]
+            sizes = [len(golden.get_tensor(f"{prefix}memory")) for prefix in prefixes]
+            assert sizes == [len(golden.get_tensor(f"{prefix}prior")) for prefix in prefixes]
+            assert 1 in sizes
+            assert len(set(sizes)) >= 3
 
 
 class Alone(nn.Module):
