@@ -42,8 +42,9 @@ class Limits:
     max_pending_rows: int = 4_096
     # Bytes of context that the open sessions of one model may hold together.
     max_context_bytes: int = 1024**3
-    # Rows of one step.
+    # Rows of one step, and its frames with all padding; a single row may have more.
     max_batch: int = 64
+    max_step_frames: int = 32_768
     # Frames of a causal chunk that are run at once; a longer chunk takes several steps.
     max_block_frames: int = 512
     # Seconds after which a session that nobody uses is forgotten.

@@ -16,6 +16,11 @@ class CarouselError(Exception):
         self.metadata = {key: str(value) for key, value in metadata.items()}
 
 
+def shorten(text: str, most: int = 64) -> str:
+    """A client's own words, short enough to be said back to it."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 class NotFoundError(CarouselError):
     reason = "NOT_FOUND"
 
@@ -50,6 +55,12 @@ class SessionClosedError(PreconditionError):
 
 class SessionDetachedError(PreconditionError):
     reason = "SESSION_DETACHED"
+
+
+class SessionDiffersError(PreconditionError):
+    """What a resume asks is not what the session has."""
+
+    reason = "SESSION_DIFFERS"
 
 
 class SessionsOpenError(PreconditionError):

@@ -16,11 +16,10 @@ from grpc_health.v1 import (
 from grpc_reflection.v1alpha import reflection
 
 from carousel_protos.v1 import carousel_pb2
-from carousel_protos.v1.carousel_pb2 import ModelState
 from carousel_protos.v1.carousel_pb2_grpc import add_CarouselServicer_to_server
 from carousel_server.config import ServerConfig
 from carousel_server.engine.engine import Engine
-from carousel_server.errors import ConfigError
+from carousel_server.errors import ConfigError, LoadError
 from carousel_server.front.interceptor import ErrorInterceptor
 from carousel_server.front.native import NativeServicer
 
@@ -75,6 +74,7 @@ class Server:
         self._native = NativeServicer(self.engine)
         self._health = health.aio.HealthServicer()
         self._health_updates: set[asyncio.Task[None]] = set()
+        self._loaded = False
         self.port = 0
 
     async def start(self) -> None:
@@ -83,7 +83,9 @@ class Server:
             interceptors=(ErrorInterceptor(),),
             options=(
                 ("grpc.max_receive_message_length", self._config.max_message_bytes),
-                ("grpc.max_send_message_length", self._config.max_message_bytes),
+                ("grpc.max_send_message_length", -1),  # an answer that was computed has to reach its client
+                ("grpc.keepalive_time_ms", 60_000),  # a client whose network vanished is found out
+                ("grpc.keepalive_timeout_ms", 20_000),
                 ("grpc.so_reuseport", 0),  # a second server on the port is a mistake, and is told so
             ),
         )
@@ -101,11 +103,13 @@ class Server:
         log.info("listening on %s:%d", self._config.listen.rpartition(":")[0], self.port)
         try:
             await self.engine.start()
+            self._check_served()
         except BaseException:
             await self._server.stop(grace=None)
+            await self.engine.stop()
             raise
-        await self._report("", serving=self._any_served())
-        await self._report(SERVICE, serving=self._any_served())
+        self._loaded = True
+        await self._report_all()
 
     async def stop(self) -> None:
         """NOT_SERVING, announce, drain with a deadline, stop."""
@@ -118,9 +122,18 @@ class Server:
         await self.engine.stop()
         log.info("stopped")
 
-    def _any_served(self) -> bool:
+    def _check_served(self) -> None:
+        """Raise `LoadError` where there are models and none could be loaded; warn where there are none."""
         entries = self.engine.catalogue.entries()
-        return not entries or any(entry.model is not None for entry in entries)
+        if not entries:
+            log.warning(
+                "there is no bundle under %s; give the folder that `carousel export --out` wrote to, which holds "
+                "<name>/<version>/manifest.json",
+                self._config.models,
+            )
+        elif all(entry.model is None for entry in entries):
+            reasons = [f"{entry.name}: {entry.reason}" for entry in entries if entry.reason]
+            raise LoadError(f"no model under {self._config.models} can be served; {reasons[0]}")
 
     def _model_changed(self, name: str) -> None:
         task = asyncio.ensure_future(self._report_model(name))
@@ -129,7 +142,14 @@ class Server:
 
     async def _report_model(self, name: str) -> None:
         entries = self.engine.catalogue.entries(name)
-        await self._report(name, serving=any(entry.state == ModelState.MODEL_STATE_SERVING for entry in entries))
+        await self._report(name, serving=any(entry.model is not None for entry in entries))
+        if self._loaded:
+            await self._report_all()
+
+    async def _report_all(self) -> None:
+        served = any(entry.model is not None for entry in self.engine.catalogue.entries())
+        for service in ("", SERVICE):
+            await self._report(service, serving=served)
 
     async def _report(self, service: str, *, serving: bool) -> None:
         await self._health.set(service, _SERVING if serving else _NOT_SERVING)

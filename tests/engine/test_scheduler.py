@@ -70,7 +70,7 @@ owners = st.lists(
 def test_every_block_runs_once_in_its_owners_order(given_owners, max_batch, ragged):
     """Every block of every owner is run exactly once, in order, at most one of an owner in a step."""
     everyone = [Owner(number, graph, list(lengths)) for number, (graph, lengths) in enumerate(given_owners)]
-    scheduler = Scheduler(max_batch=max_batch, ragged=ragged)
+    scheduler = Scheduler(max_batch=max_batch, max_frames=1000, ragged=ragged)
     for owner in everyone:
         scheduler.add(owner)
         scheduler.add(owner)  # twice in the queue would run it twice
@@ -88,7 +88,7 @@ def test_every_block_runs_once_in_its_owners_order(given_owners, max_batch, ragg
 def test_nobody_is_served_twice_before_everybody_who_waits_is_served_once(given_owners, max_batch, ragged):
     """An owner with endless work never delays another: each step holds the owner that waits longest."""
     everyone = [Owner(number, graph, [lengths[0]] * 20) for number, (graph, lengths) in enumerate(given_owners)]
-    scheduler = Scheduler(max_batch=max_batch, ragged=ragged)
+    scheduler = Scheduler(max_batch=max_batch, max_frames=1000, ragged=ragged)
     for owner in everyone:
         scheduler.add(owner)
     waited = {owner.name: 0 for owner in everyone}
@@ -106,7 +106,7 @@ def test_nobody_is_served_twice_before_everybody_who_waits_is_served_once(given_
 
 def test_arrival_order_is_kept_within_a_step():
     """Rows of a step stand in the order in which they became ready."""
-    scheduler = Scheduler(max_batch=8, ragged=True)
+    scheduler = Scheduler(max_batch=8, max_frames=1000, ragged=True)
     everyone = [Owner(number, "model.onnx", [1]) for number in range(20)]
     for owner in everyone:
         scheduler.add(owner)
@@ -117,7 +117,7 @@ def test_arrival_order_is_kept_within_a_step():
 @given(st.lists(st.sampled_from([1, 4, 7]), min_size=1, max_size=12))
 def test_contexts_of_one_shape_share_a_step(sizes):
     """A step's contexts have one shape, since none is padded, and all that have it and fit are in it."""
-    scheduler = Scheduler(max_batch=20, ragged=True)
+    scheduler = Scheduler(max_batch=20, max_frames=1000, ragged=True)
     for number, size in enumerate(sizes):
         scheduler.add(Owner(number, "model.onnx", [1], context=Context((np.zeros((size, 2)),))))
     steps = run(scheduler)
@@ -128,7 +128,7 @@ def test_contexts_of_one_shape_share_a_step(sizes):
 
 def test_an_owner_that_closed_while_it_waited_is_left_out():
     """What closes in the queue is never run, and an empty step is never made."""
-    scheduler = Scheduler(max_batch=8, ragged=True)
+    scheduler = Scheduler(max_batch=8, max_frames=1000, ragged=True)
     owner = Owner(0, "model.onnx", [1])
     scheduler.add(owner)
     owner.closed = True
@@ -138,8 +138,23 @@ def test_an_owner_that_closed_while_it_waited_is_left_out():
 
 def test_padding_is_counted():
     """A step of blocks of 1 and 4 frames has 3 frames of padding beside its 5 frames."""
-    scheduler = Scheduler(max_batch=8, ragged=True)
+    scheduler = Scheduler(max_batch=8, max_frames=1000, ragged=True)
     for length in (1, 4):
         scheduler.add(Owner(length, "model.onnx", [length]))
     (step,) = run(scheduler)
     assert (step.frames, step.padded_frames) == (5, 3)
+
+
+def test_a_long_row_does_not_pad_short_ones():
+    """Rows of very different length go in steps of their own, and a step's frames with padding are bounded."""
+    scheduler = Scheduler(max_batch=64, max_frames=4000, ragged=True)
+    for number in range(63):
+        scheduler.add(Owner(number, "model.onnx", [1]))
+    scheduler.add(Owner(63, "model.onnx", [1040]))
+    for number in range(64, 80):
+        scheduler.add(Owner(number, "model.onnx", [600]))
+    steps = run(scheduler)
+    assert sum(len(step.blocks) for step in steps) == 80
+    for step in steps:
+        assert step.padded_frames <= step.frames
+        assert len(step.blocks) == 1 or step.frames + step.padded_frames <= 4000

@@ -244,3 +244,22 @@ def test_errors_carry_a_stable_reason():
 
 def all_errors(kind: type[CarouselError]) -> list[type[CarouselError]]:
     return [kind, *(below for child in kind.__subclasses__() for below in all_errors(child))]
+
+
+def test_what_no_step_has_begun_is_withdrawn():
+    """When nobody waits any more, chunks not begun are forgotten; one in a step, or half run, is finished."""
+    session, sink = open_session(Blocking(CARRY, 2))
+    for index in range(3):
+        session.accept(index, (np.arange(4, dtype=np.float32),), 4, end=index == 2)
+    frames, _ = session.next_block()
+    session.commit(frames, (np.zeros(frames, np.float32).tobytes(),))
+    session.withdraw(running=False)
+    assert session.next_index == 1
+    run_due(session, [])
+    assert [result.index for result in sink.events] == [0]
+    session.accept(1, (np.arange(4, dtype=np.float32),), 4, end=False)
+    session.withdraw(running=True)
+    assert session.next_index == 2
+    session.accept(2, (np.arange(4, dtype=np.float32),), 4, end=True)
+    run_due(session, [])
+    assert sum(result.frames for result in sink.events) == 12

@@ -82,6 +82,18 @@ REFUSED = [
         pb.RequestItem(chunk=pb.Chunk(session_id="s", tensors=[tensor(GOOD), tensor(GOOD, "x")])),
         "INVALID_ARGUMENT", "BAD_TENSOR", "twice",
     ),
+    (
+        pb.RequestItem(chunk=pb.Chunk(session_id="s", tensors=[pb.Tensor(dtype=1, shape=[2**62, 0])])),
+        "INVALID_ARGUMENT", "BAD_TENSOR", "2147483647",
+    ),
+    (
+        pb.RequestItem(chunk=pb.Chunk(session_id="s", tensors=[pb.Tensor(dtype=1, shape=[0] * 100)])),
+        "INVALID_ARGUMENT", "BAD_TENSOR", "100 axes",
+    ),
+    (open_item("x", "n" * 5000), "NOT_FOUND", "MODEL_NOT_FOUND", "n…"),
+    (open_item("x", "tagger", policy=policy("unspecified", 7, 3)), "INVALID_ARGUMENT", "POLICY_NOT_ALLOWED", "kind"),
+    (open_item("s", "speaker", resume=True), "FAILED_PRECONDITION", "SESSION_DIFFERS", "tagger"),
+    (open_item("s", "", resume=True, policy=policy("full")), "FAILED_PRECONDITION", "SESSION_DIFFERS", "carry"),
     (chunk_item("s", 0, np.zeros((10_001, 5), np.float32)), "RESOURCE_EXHAUSTED", "TOO_LARGE", "10000"),
     (close_item("nobody"), "NOT_FOUND", "SESSION_NOT_FOUND", "nobody"),
     (pb.RequestItem(), "INVALID_ARGUMENT", "INVALID_ARGUMENT", "nothing"),
@@ -222,13 +234,13 @@ async def test_infer_refuses_what_cannot_run(channel: grpc.aio.Channel, tensors,
 async def test_a_deadline_that_passes_before_the_step_runs(channel: grpc.aio.Channel, server: Server, monkeypatch):
     """An Infer whose deadline passes while another step runs is DEADLINE_EXCEEDED, and is never run."""
     model = server.engine.catalogue.get("tagger")
-    run = model._runner.run
+    run = model.steps._runner.run
 
     def slowly(step):
         time.sleep(0.5)
         return run(step)
 
-    monkeypatch.setattr(model._runner, "run", slowly)
+    monkeypatch.setattr(model.steps._runner, "run", slowly)
     async with RawStream(channel) as stream:
         await stream.ask(open_item("s", "tagger", policy=policy("carry")))
         await stream.send(chunk_item("s", 0, GOOD))
@@ -239,7 +251,7 @@ async def test_a_deadline_that_passes_before_the_step_runs(channel: grpc.aio.Cha
         assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
         assert (await stream.receive()).HasField("result")
         assert (await stream.ask(chunk_item("s", 1, GOOD))).HasField("result")
-    assert (model.counters.steps, model.counters.rows) == (2, 2)
+    assert (model.steps.counters.steps, model.steps.counters.rows) == (2, 2)
 
 
 async def test_an_unexpected_fault_tells_the_client_a_number_and_no_traceback(
@@ -256,3 +268,82 @@ async def test_an_unexpected_fault_tells_the_client_a_number_and_no_traceback(
         assert number in caplog.text
         monkeypatch.undo()
         assert (await stream.ask(chunk_item("s", 0, GOOD))).HasField("result")
+
+
+async def test_a_message_of_too_many_items_is_refused(channel: grpc.aio.Channel):
+    """A small message that holds a hundred thousand items ends its own call, and others are served meanwhile."""
+    async with RawStream(channel) as stream, RawStream(channel) as other:
+        await other.ask(open_item("other", "tagger", policy=policy("carry")))
+        await stream.send(*(pb.RequestItem() for _ in range(100_000)))
+        assert (await other.ask(chunk_item("other", 0, GOOD))).result.frames == 3
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stream.receive()
+        assert reason(rpc_status(caught.value)) == "TOO_LARGE"
+
+
+async def test_a_client_that_never_reads_is_read_no_more(channel: grpc.aio.Channel, server: Server):
+    """Answers to a client that does not take them are bounded; the server stops reading it instead of filling up."""
+    async with RawStream(channel) as stream, RawStream(channel) as other:
+        await stream.ask(open_item("s", "tagger", policy=policy("carry")))
+        await stream.ask(chunk_item("s", 0, np.zeros((10_000, 5), np.float32)))
+        (call,) = [call for call in server._native._calls if call._ports]
+        repeats = pb.StreamRequest(items=[chunk_item("s", 0, GOOD)] * 4000)
+        sending = [asyncio.create_task(stream.call.write(repeats)) for _ in range(3)]
+        await other.ask(open_item("other", "tagger", policy=policy("carry")))
+        for index in range(20):
+            assert (await other.ask(chunk_item("other", index, GOOD))).result.frames == 3
+            assert call._outbox_bytes < 16 * 1024 * 1024
+        assert call._outbox_bytes > 0
+        for task in sending:
+            task.cancel()
+
+
+async def test_an_answer_over_the_message_limit_reaches_its_client(server: Server):
+    """A chunk that was small enough to be taken is answered whatever the answer's size, and ends no stream."""
+    options = [("grpc.max_receive_message_length", -1)]
+    target = f"127.0.0.1:{server.port}"
+    async with grpc.aio.insecure_channel(target, options=options) as channel, RawStream(channel) as stream:
+        await stream.ask(open_item("s", "speaker"), open_item("t", "speaker"))
+        await stream.receive()
+        tokens = np.zeros(10_000, np.int64)
+        await stream.send(*(chunk_item("s", index, tokens) for index in range(10)), chunk_item("t", 0, tokens[:5]))
+        answers = [await stream.receive() for _ in range(11)]
+        assert sum(answer.result.frames for answer in answers) == 100_005
+
+
+@pytest.mark.parametrize("method", ["Infer", "Stream"])
+async def test_what_is_no_message_is_an_invalid_argument(channel: grpc.aio.Channel, method: str):
+    """Bytes that are no protobuf get INVALID_ARGUMENT in our words, from unary calls and streams alike."""
+    path = f"/carousel.v1.Carousel/{method}"
+    garbage = b"\xff\xff"
+    unary, stream = channel.unary_unary(path), channel.stream_stream(path)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await (unary(garbage) if method == "Infer" else stream(iter([garbage])).read())
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "generate the client anew" in caught.value.details()
+
+
+async def test_a_chunk_whose_stream_ended_before_its_step_does_not_move_the_state(
+    channel: grpc.aio.Channel, server: Server, monkeypatch
+):
+    """A stream that ends while its chunk waits leaves the session where it was, and it says which chunk is next."""
+    runner = server.engine.catalogue.get("tagger").steps._runner
+    run = runner.run
+
+    def slowly(step):
+        time.sleep(0.5)
+        return run(step)
+
+    monkeypatch.setattr(runner, "run", slowly)
+    async with RawStream(channel) as busy, RawStream(channel) as later:
+        await busy.ask(open_item("busy", "tagger", policy=policy("carry")))
+        await later.ask(open_item("late", "tagger", policy=policy("carry")))
+        await busy.send(chunk_item("busy", 0, GOOD))
+        await asyncio.sleep(0.1)
+        await later.send(chunk_item("late", 0, GOOD))
+        await asyncio.sleep(0.1)
+        later.call.cancel()
+        assert (await busy.receive()).HasField("result")
+        await asyncio.sleep(0.2)
+        assert (await busy.ask(open_item("late", "tagger", resume=True))).opened.next_index == 0
+    assert server.engine.catalogue.get("tagger").steps.counters.rows == 1

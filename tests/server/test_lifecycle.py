@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -19,12 +20,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from tests.support.stream import RawStream, chunk_item, close_item, open_item, reason, rpc_status
+from tests.support.stream import RawStream, chunk_item, close_item, open_item, reason, rpc_status, tensor
 
 from carousel_protos.v1 import carousel_pb2 as pb
 from carousel_protos.v1.carousel_pb2_grpc import CarouselStub
 from carousel_server.config import ServerConfig
-from carousel_server.errors import ConfigError
+from carousel_server.errors import ConfigError, LoadError
 from carousel_server.serve import SERVICE, Server, serving
 
 GOOD = np.zeros((3, 5), np.float32)
@@ -221,12 +222,79 @@ async def test_a_port_in_use_is_told(config: ServerConfig, server: Server):
 
 
 async def test_cuda_where_there_is_none_is_told(config: ServerConfig):
-    """`--device cuda` on a host without it serves nothing silently on the CPU: the model fails and says why."""
+    """`--device cuda` on a host without it serves nothing silently on the CPU: the start fails and says why."""
     import onnxruntime
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         return
-    async with serving(replace(config, device="cuda")) as server:
-        entries = server.engine.catalogue.entries()
-        assert {entry.state for entry in entries} == {pb.MODEL_STATE_FAILED}
-        assert all("onnxruntime-gpu" in entry.reason for entry in entries)
+    with pytest.raises(LoadError, match="onnxruntime-gpu"):
+        await Server(replace(config, device="cuda")).start()
+
+
+async def test_an_empty_folder_is_served_and_is_not_healthy(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """With nothing to serve the server waits for LoadModel, says what it misses, and reports NOT_SERVING."""
+    config = ServerConfig(models=tmp_path, listen="127.0.0.1:0", drain_timeout_s=0)
+    async with serving(config) as server, grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        assert await health(channel, "") == NOT_SERVING
+        assert "no bundle under" in caplog.text
+
+
+async def test_health_follows_loading_and_unloading(channel: grpc.aio.Channel):
+    """With its last model unloaded the server as a whole is NOT_SERVING, and SERVING again once one is loaded."""
+    stub = CarouselStub(channel)
+    for name in ("tagger", "speaker"):
+        await stub.UnloadModel(pb.UnloadModelRequest(model=name))
+    assert await health(channel, "") == NOT_SERVING
+    await stub.LoadModel(pb.LoadModelRequest(model="tagger"))
+    assert await health(channel, "") == SERVING
+
+
+async def test_unloading_answers_the_requests_that_wait(channel: grpc.aio.Channel, server: Server, monkeypatch):
+    """An Infer that runs while its model is unloaded is answered, and the next one is told that it is not loaded."""
+    runner = server.engine.catalogue.get("tagger").steps._runner
+    run = runner.run
+
+    def slowly(step):
+        time.sleep(0.3)
+        return run(step)
+
+    monkeypatch.setattr(runner, "run", slowly)
+    stub = CarouselStub(channel)
+    request = pb.InferRequest(model="tagger", tensors=[tensor(GOOD[None], "x")])
+    waiting = [stub.Infer(request) for _ in range(3)]
+    await asyncio.sleep(0.1)
+    await stub.UnloadModel(pb.UnloadModelRequest(model="tagger"))
+    for call in waiting:
+        assert len((await call).tensors) == 1
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Infer(request)
+    assert reason(rpc_status(caught.value)) == "MODEL_NOT_FOUND"
+
+
+async def test_drain_answers_requests_that_run_and_refuses_new_ones(config: ServerConfig, monkeypatch):
+    """An Infer under way at the stop is answered; a new one, and a load, are UNAVAILABLE; a late stream is told."""
+    server = Server(replace(config, drain_timeout_s=20))
+    await server.start()
+    runner = server.engine.catalogue.get("tagger").steps._runner
+    run = runner.run
+
+    def slowly(step):
+        time.sleep(1.5)
+        return run(step)
+
+    monkeypatch.setattr(runner, "run", slowly)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = CarouselStub(channel)
+        request = pb.InferRequest(model="tagger", tensors=[tensor(GOOD[None], "x")])
+        running = asyncio.ensure_future(stub.Infer(request))
+        await asyncio.sleep(0.3)
+        stopping = asyncio.create_task(server.stop())
+        await asyncio.sleep(0.1)
+        for refused in (stub.Infer(request), stub.LoadModel(pb.LoadModelRequest(model="tagger"))):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await refused
+            assert reason(rpc_status(caught.value)) == "DRAINING"
+        async with RawStream(channel) as late:
+            assert (await late.receive()).HasField("going_away")
+        assert len((await running).tensors) == 1
+        await asyncio.wait_for(stopping, 10)

@@ -263,7 +263,7 @@ async def test_a_fault_in_a_step_fails_its_rows_and_the_model_turns_on(
     wanted = whole(make(Speaker), torch.arange(6)).numpy()
     async with RawStream(channel) as stream:
         await stream.ask(open_item("s", "speaker"))
-        monkeypatch.setattr(model._runner, "run", lambda _: {}["a secret"])
+        monkeypatch.setattr(model.steps._runner, "run", lambda _: {}["a secret"])
         failed = await stream.ask(chunk_item("s", 0, np.arange(3)))
         assert failed.failed.status.code == grpc.StatusCode.INTERNAL.value[0]
         assert "secret" not in failed.failed.status.message

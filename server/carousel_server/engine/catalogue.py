@@ -13,9 +13,19 @@ from carousel_server.engine.golden import replay
 from carousel_server.engine.model import Model
 from carousel_server.engine.runtime import load_runtimes
 from carousel_server.engine.session import Session
-from carousel_server.errors import CarouselError, LoadError, ModelLoadingError, ModelNotFoundError, SessionsOpenError
+from carousel_server.errors import (
+    CarouselError,
+    LoadError,
+    ModelLoadingError,
+    ModelNotFoundError,
+    SessionsOpenError,
+    shorten,
+)
 
 log = logging.getLogger("carousel")
+
+# Models or versions that a message lists at most.
+_NAMED = 10
 
 
 @dataclass
@@ -41,12 +51,21 @@ class Catalogue:
         # Told of every model's name whose states changed.
         self.on_change: Callable[[str], None] = lambda _: None
 
+    @property
+    def infer_rows(self) -> int:
+        """Rows of Infer requests that wait for their answer, over all models."""
+        return sum(entry.model.infer_rows for entry in self.entries() if entry.model is not None)
+
     def entries(self, name: str = "") -> list[Entry]:
-        """All versions, or those of one model. Raises `ModelNotFoundError` for a name that is not there."""
-        self._scan()
+        """All versions, or those of one model, as of the last `refresh`.
+
+        Raises `ModelNotFoundError` for a name that is not there.
+        """
         if name and name not in self._entries:
+            known = list(self._entries)[:_NAMED]
+            more = f" and {len(self._entries) - _NAMED} more" if len(self._entries) > _NAMED else ""
             raise ModelNotFoundError(
-                f"there is no model {name!r}; there is {', '.join(self._entries) or 'none'}", model=name
+                f"there is no model {shorten(name)!r}; there is {', '.join(known) or 'none'}{more}", model=shorten(name)
             )
         return [
             entry for known in ([name] if name else self._entries) for entry in self._entries.get(known, {}).values()
@@ -60,8 +79,8 @@ class Catalogue:
         for entry in entries:
             if entry.version == version:
                 return entry
-        known = ", ".join(entry.version for entry in entries)
-        raise ModelNotFoundError(f"model {name!r} has no version {version!r}; it has {known}", model=name)
+        known = ", ".join(entry.version for entry in entries[-_NAMED:])
+        raise ModelNotFoundError(f"model {name!r} has no version {shorten(version)!r}; it has {known}", model=name)
 
     def get(self, name: str, version: str = "") -> Model:
         """A model to be used. Raises `ModelNotFoundError`, `ModelLoadingError`."""
@@ -73,20 +92,25 @@ class Catalogue:
         why = f" ({entry.reason})" if entry.reason else ""
         raise ModelNotFoundError(f"version {entry.version} of model {name!r} is not loaded{why}", model=name)
 
-    def _scan(self) -> None:
-        folders = [path for path in self._config.models.iterdir() if path.is_dir() and not path.name.startswith(".")]
-        for folder in sorted(folders):
-            known = self._entries.get(folder.name, {})
-            found = find_versions(folder)
-            kept = {version: known.get(version) or Entry(folder.name, version) for version in found}
-            kept |= {version: entry for version, entry in known.items() if entry.model is not None}
-            self._entries[folder.name] = kept
+    async def refresh(self) -> None:
+        """See what lies on disk now. A folder that cannot be read leaves all as it is known."""
+        try:
+            found = await asyncio.to_thread(_look, self._config.models)
+        except OSError as error:
+            log.warning("the model folder %s cannot be read: %s", self._config.models, error.strerror)
+            return
+        for name in sorted(found.keys() | self._entries.keys()):
+            known = self._entries.get(name, {})
+            kept = {version: known.get(version) or Entry(name, version) for version in found.get(name, ())}
+            busy = (ModelState.MODEL_STATE_SERVING, ModelState.MODEL_STATE_LOADING)
+            kept |= {version: entry for version, entry in known.items() if entry.state in busy}
+            self._entries[name] = kept
         self._entries = {name: versions for name, versions in self._entries.items() if versions}
 
     async def load_newest(self) -> None:
         """Load the newest version of every model; one that fails is marked so and stops no other."""
-        names = {entry.name for entry in self.entries()}
-        for name in sorted(names):
+        await self.refresh()
+        for name in list(self._entries):
             entry = self.entries(name)[-1]
             try:
                 await self.load(entry.name, entry.version)
@@ -95,6 +119,7 @@ class Catalogue:
 
     async def load(self, name: str, version: str = "") -> Entry:
         """Load a version, the newest where none is named, and prove it. Raises `ModelNotFoundError`, `LoadError`."""
+        await self.refresh()
         entry = self.entry(name, version) if version else self.entries(name)[-1]
         if entry.model is not None:
             return entry
@@ -111,7 +136,7 @@ class Catalogue:
                 f"version {entry.version} of model {name!r} is not served: {why}", model=name, version=entry.version
             ) from error
         entry.model = model
-        entry.task = asyncio.create_task(model.turn_forever(), name=f"steps of {name}/{entry.version}")
+        entry.task = asyncio.create_task(model.steps.turn_forever(), name=f"steps of {name}/{entry.version}")
         entry.task.add_done_callback(lambda task: self._stopped(entry, task))
         self._mark(entry, ModelState.MODEL_STATE_SERVING)
         log.info("serving %s version %s on %s", name, entry.version, self._config.device)
@@ -142,26 +167,28 @@ class Catalogue:
                 raise SessionsOpenError(
                     f"{entry.model.open_sessions} sessions are on version {entry.version} of {name!r}; close them first"
                 )
-        for entry in entries:
-            if entry.model is not None:
-                await self._stop(entry)
+        # No await between this look and the last entry's withdrawal: nobody opens a session in between.
+        for model, task in self._withdraw(entries):
+            model.steps.end()  # once the requests that wait are answered
+            await asyncio.wait([task])
+            await asyncio.to_thread(model.steps.shut)
         return entries
 
     async def shut(self) -> None:
         """End every model after its running step."""
-        for versions in self._entries.values():
-            for entry in versions.values():
-                if entry.model is not None:
-                    await self._stop(entry)
+        for model, task in self._withdraw(self.entries()):
+            task.cancel()
+            await asyncio.wait([task])
+            await asyncio.to_thread(model.steps.shut)
 
-    async def _stop(self, entry: Entry) -> None:
-        model, entry.model = entry.model, None
-        assert model is not None
-        assert entry.task is not None
-        self._mark(entry, ModelState.MODEL_STATE_AVAILABLE)
-        entry.task.cancel()
-        await asyncio.wait([entry.task])
-        await asyncio.to_thread(model.shut)
+    def _withdraw(self, entries: list[Entry]) -> list[tuple[Model, asyncio.Task[None]]]:
+        withdrawn = []
+        for entry in entries:
+            if entry.model is not None and entry.task is not None:
+                withdrawn.append((entry.model, entry.task))
+                entry.model = entry.task = None
+                self._mark(entry, ModelState.MODEL_STATE_AVAILABLE)
+        return withdrawn
 
     def _stopped(self, entry: Entry, task: asyncio.Task[None]) -> None:
         """Steps ended; if nobody asked them to, the model is served no more, and health says so."""
@@ -174,3 +201,9 @@ class Catalogue:
     def _mark(self, entry: Entry, state: ModelState.ValueType, reason: str = "") -> None:
         entry.state, entry.reason = state, reason
         self.on_change(entry.name)
+
+
+def _look(models: Path) -> dict[str, list[str]]:
+    """The versions of each model on disk."""
+    folders = [path for path in models.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    return {folder.name: find_versions(folder) for folder in folders}

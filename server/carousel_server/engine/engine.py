@@ -8,12 +8,12 @@ from numpy.typing import NDArray
 
 from carousel_protos.v1.manifest_pb2 import Policy
 from carousel_server.config import ServerConfig
-from carousel_server.engine.catalogue import Catalogue
+from carousel_server.engine.catalogue import Catalogue, Entry
 from carousel_server.engine.model import Model
 from carousel_server.engine.session import Session, Sink
-from carousel_server.engine.sessions import Sessions
+from carousel_server.engine.sessions import Resident, Sessions
 from carousel_server.engine.spec import Array
-from carousel_server.errors import DrainingError
+from carousel_server.errors import DrainingError, SessionDiffersError, shorten
 
 # Seconds between two looks for idle sessions, at most.
 _SWEEP_S = 5.0
@@ -53,10 +53,11 @@ class Engine:
         """
         now = time.monotonic()
         if resume:
-            resident = self.sessions.resume(session_id, sink, now)
+            resident = self.sessions.find(session_id)
+            _check_same(resident, model, version, policy)
+            self.sessions.resume(resident, sink, now)
             return resident.session, resident.model
-        if self.draining:
-            raise DrainingError("this server is stopping; open the session on another", retry_after_s=1.0)
+        self._refuse_if_draining()
         served = self.catalogue.get(model, version)
         resident = self.sessions.open(served, session_id, policy, initial_state, context, sink, now, variant=variant)
         return resident.session, served
@@ -84,16 +85,34 @@ class Engine:
         variant: str = "",
     ) -> tuple[dict[str, Array], str]:
         """Outputs by name for whole sequences `[batch, time, …]`, and the version that gave them."""
+        self._refuse_if_draining()
         served = self.catalogue.get(model, version)
         return await served.infer(tensors, lengths, variant=variant), served.version
 
     async def drain(self) -> None:
-        """Take no new sessions; come back once no stream holds a session, or the deadline of the settings is over."""
+        """Take nothing new; come back once no stream holds a session and no request waits, or at the deadline."""
         self.draining = True
         deadline = time.monotonic() + self._config.drain_timeout_s
         # Polled: it happens once in a process's life, and sessions need no event for it.
-        while self.sessions.attached and time.monotonic() < deadline:  # noqa: ASYNC110
+        while self._busy() and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
+
+    async def load(self, model: str, version: str) -> Entry:
+        """Load what is on disk; see `Catalogue.load`."""
+        self._refuse_if_draining()
+        return await self.catalogue.load(model, version)
+
+    async def unload(self, model: str, version: str) -> list[Entry]:
+        """Serve a model no more; see `Catalogue.unload`."""
+        self._refuse_if_draining()
+        return await self.catalogue.unload(model, version)
+
+    def _refuse_if_draining(self) -> None:
+        if self.draining:
+            raise DrainingError("this server is stopping; ask another", retry_after_s=1.0)
+
+    def _busy(self) -> bool:
+        return bool(self.sessions.attached or self.catalogue.infer_rows)
 
     async def stop(self) -> None:
         """End every model after its running step."""
@@ -105,3 +124,18 @@ class Engine:
         while True:
             await asyncio.sleep(min(_SWEEP_S, self._config.idle_timeout_s / 4))
             self.sessions.expire(time.monotonic())
+
+
+def _check_same(resident: Resident, model: str, version: str, policy: Policy | None) -> None:
+    """Raise `SessionDiffersError` where a resume names another model, version or policy than the session has."""
+    has = resident.model
+    kind = resident.session.blocking.kind
+    if model not in ("", has.name) or version not in ("", has.version):
+        raise SessionDiffersError(
+            f"session {resident.session.id} is on version {has.version} of {has.name}, not on {shorten(version)} of "
+            f"{shorten(model)}; resume it as it is, or open a new one"
+        )
+    if policy is not None and policy.kind not in (0, kind):
+        raise SessionDiffersError(
+            f"session {resident.session.id} runs under {resident.session.blocking}; leave policy out"
+        )

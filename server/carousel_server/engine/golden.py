@@ -77,7 +77,7 @@ def replay(bundle: Bundle, runtimes: Mapping[str, Runtime], *, seed: int = 0) ->
             for checked in _replay_case(model, case, tensors, cuts, variant)
         ]
     finally:
-        model.shut()
+        model.steps.shut()
 
 
 def _replay_case(
@@ -104,7 +104,7 @@ def _replay_case(
             stream.sent = min(stream.frames, stream.sent + size)
             model.submit(stream.session, stream.chunks, chunk, end=stream.sent == stream.frames)
             stream.chunks += 1
-        while model.turn():
+        while model.steps.turn():
             pass
         live = [stream for stream in live if stream.sent < stream.frames]
     for stream in streams:

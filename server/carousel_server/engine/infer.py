@@ -6,11 +6,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from carousel_server.config import Limits
 from carousel_server.engine.arena import ZERO_ROW
-from carousel_server.engine.context import Context
+from carousel_server.engine.context import Context, read_contexts
 from carousel_server.engine.frames import Piece
-from carousel_server.engine.spec import Array, Port
-from carousel_server.errors import CarouselError
+from carousel_server.engine.spec import Array, ModelSpec, Port
+from carousel_server.engine.steps import Steps
+from carousel_server.errors import CarouselError, QueueFullError, TensorError, TooLargeError
 
 
 class InferRow:
@@ -58,6 +60,62 @@ class InferRow:
     def fail(self, error: CarouselError) -> None:
         if not self.closed:
             self._done.set_exception(error)
+
+
+class Infer:
+    """Whole-sequence requests to one model."""
+
+    def __init__(self, spec: ModelSpec, steps: Steps, limits: Limits) -> None:
+        self._spec = spec
+        self._steps = steps
+        self._limits = limits
+        # Rows that wait for their answer.
+        self.waiting = 0
+
+    async def run(self, tensors: dict[str, Array], lengths: NDArray[np.int32] | None, graph: str) -> dict[str, Array]:
+        """Outputs `[batch, time, …]` for inputs `[batch, time, …]`, each row run from zero over its length.
+
+        `tensors` has the contexts, `[batch, …]`, beside the inputs. Raises `TensorError`, `TooLargeError`,
+        `QueueFullError`, `InputRejectedError`, `StepError`.
+        """
+        where = "the request"
+        self._spec.check_names(tensors, where, (*self._spec.inputs, *self._spec.contexts))
+        for port in self._spec.inputs:
+            port.check(tensors[port.name], where, ("batch", "time"))
+        shapes = {tensors[port.name].shape[:2] for port in self._spec.inputs}
+        if len(shapes) > 1:
+            raise TensorError(f"the tensors differ in batch and time: {sorted(shapes)}; send the same for each")
+        batch, time = shapes.pop()
+        contexts, outputs = read_contexts(
+            self._spec, {port.name: tensors[port.name] for port in self._spec.contexts}, batch
+        )
+        lengths = np.full(batch, time, np.int32) if lengths is None else lengths
+        if batch < 1 or len(lengths) != batch or lengths.min() < 1 or lengths.max() > time:
+            raise TensorError(f"wanted one length from 1 to {time} for each of the {batch} rows, and at least one row")
+        if time > self._limits.max_chunk_frames:
+            raise TooLargeError(
+                f"{time} frames are more than the {self._limits.max_chunk_frames} allowed; use a session"
+            )
+        if self.waiting + batch > self._limits.max_pending_rows:
+            raise QueueFullError(f"{self.waiting} rows are waiting; try again", retry_after_s=0.1)
+        loop = asyncio.get_running_loop()
+        done: list[asyncio.Future[tuple[bytes, ...]]] = [loop.create_future() for _ in range(batch)]
+        self.waiting += batch
+        try:
+            for position, future in enumerate(done):
+                row = tuple(tensors[port.name][position] for port in self._spec.inputs)
+                self._steps.add(InferRow(graph, row, contexts[position], int(lengths[position]), future))
+            answers = await asyncio.gather(*done, return_exceptions=True)
+        finally:
+            self.waiting -= batch
+            for future in done:
+                future.cancel()
+        rows = []
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+            rows.append(answer)
+        return stack(outputs, lengths, time, rows)
 
 
 def stack(

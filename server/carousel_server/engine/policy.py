@@ -52,6 +52,8 @@ def choose_blocking(asked: Policy | None, manifest: Manifest, *, max_block: int)
 
     Raises `PolicyError` for a kind that the bundle does not allow, and for sizes that make no sense.
     """
+    if asked is not None and not asked.kind and (asked.block or asked.ahead):
+        raise PolicyError("a policy with a block or ahead names its kind too; set it, or leave the policy out")
     policy = asked if asked is not None and asked.kind else manifest.default_policy
     allowed = {known.kind: known for known in manifest.policies}
     if policy.kind not in allowed:

@@ -10,17 +10,19 @@ from carousel_server.engine.arena import Arena
 from carousel_server.engine.frames import Piece
 from carousel_server.engine.runtime import Runtime
 from carousel_server.engine.spec import Array, ModelSpec
-from carousel_server.engine.step import Block, Step
+from carousel_server.engine.step import Step
 
 AHEAD = "_ahead"
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a step gave, a row for each block, in the step's order: outputs and states in the spec's order."""
+    """What a step gave, an entry for each block, in the step's order."""
 
     slots: NDArray[np.intp]
-    outputs: list[Array]
+    # The bytes of each output, `[frames, …]` or `[…]`, padding cut off.
+    outputs: list[tuple[bytes, ...]]
+    # Rows of each state.
     states: list[Array]
 
 
@@ -45,9 +47,10 @@ class Runner:
         states = self._arena.gather(slots)
         feeds |= {state.input: rows for state, rows in zip(self._spec.states, states, strict=True)}
         results = dict(zip(runtime.outputs, runtime.run(feeds), strict=True))
+        outputs = [results[port.name] for port in self._spec.outputs]
         return Outcome(
             slots,
-            [results[port.name] for port in self._spec.outputs],
+            [self._split(outputs, position, block.frames) for position, block in enumerate(blocks)],
             [results[state.output] for state in self._spec.states],
         )
 
@@ -64,9 +67,8 @@ class Runner:
             feeds[port.name + suffix] = batch
         return feeds
 
-    def split(self, outcome: Outcome, position: int, block: Block) -> tuple[bytes, ...]:
-        """One block's outputs, padding cut off."""
+    def _split(self, outputs: list[Array], position: int, frames: int) -> tuple[bytes, ...]:
         return tuple(
-            (array[position, : block.frames] if port.per_frame else array[position]).tobytes()
-            for port, array in zip(self._spec.outputs, outcome.outputs, strict=True)
+            (array[position, :frames] if port.per_frame else array[position]).tobytes()
+            for port, array in zip(self._spec.outputs, outputs, strict=True)
         )

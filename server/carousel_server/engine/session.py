@@ -215,15 +215,17 @@ class Session:
             self.closed = True
             self._deliver(Closed(self.id))
 
+    def withdraw(self, *, running: bool) -> None:
+        """Forget the chunks of which no block was begun, as if they had never come; `running`: one is in a step now."""
+        begun = running or (bool(self._pending) and bool(self._pending[0].blocks))
+        self._forget(list(self._pending)[begun:])
+        self._settle()
+
     def fail(self, error: CarouselError) -> None:
         """Refuse the oldest pending chunk, and those after it, as if they had never come."""
         refused = list(self._pending)
-        self._pending.clear()
-        self._frames.drop_last(sum(chunk.frames for chunk in refused))
-        self._received -= sum(chunk.frames for chunk in refused)
         self._run = self._answered
-        self._next_index = refused[0].index
-        self._ended = False
+        self._forget(refused)
         self._deliver(Failure(self.id, error, refused[0].index))
         for chunk in refused[1:]:
             gap = IndexGapError(
@@ -233,6 +235,18 @@ class Session:
             )
             self._deliver(Failure(self.id, gap, chunk.index))
         self._settle()
+
+    def _forget(self, newest: list[_Pending]) -> None:
+        """Take back the newest pending chunks, which are these."""
+        if not newest:
+            return
+        frames = sum(chunk.frames for chunk in newest)
+        for _ in newest:
+            self._pending.pop()
+        self._frames.drop_last(frames)
+        self._received -= frames
+        self._next_index = newest[0].index
+        self._ended = False
 
     def _answer(self) -> None:
         while self._pending and self._run >= self._pending[0].final:

@@ -19,6 +19,7 @@ from carousel_server.errors import (
     SessionExpiredError,
     SessionNotFoundError,
     TooManySessionsError,
+    shorten,
 )
 
 _ID_LENGTH = 128
@@ -84,9 +85,8 @@ class Sessions:
         resident = self._residents[session_id] = Resident(session, model, now)
         return resident
 
-    def resume(self, session_id: str, sink: Sink, now: float) -> Resident:
+    def resume(self, resident: Resident, sink: Sink, now: float) -> None:
         """Take up a session for another stream; the stream that held it is told that it is fenced."""
-        resident = self._find(session_id)
         session = resident.session
         if session.sink is not None and session.sink is not sink:
             session.sink.deliver(Failure(session.id, FencedError(f"a newer stream resumed session {session.id}")))
@@ -94,7 +94,6 @@ class Sessions:
         self._attach(session, sink)
         session.epoch += 1
         resident.last_used = now
-        return resident
 
     def use(self, session_id: str, sink: Sink, now: float) -> Resident:
         """The session, for something that its own stream asks of it.
@@ -102,7 +101,7 @@ class Sessions:
         Raises `SessionNotFoundError`, `SessionExpiredError`, `SessionClosedError`, `FencedError`,
         `SessionDetachedError`.
         """
-        resident = self._find(session_id)
+        resident = self.find(session_id)
         if resident.session.sink is not sink:
             if resident.session.sink is None:
                 raise SessionDetachedError(f"no stream holds session {session_id}; open it with resume first")
@@ -131,13 +130,20 @@ class Sessions:
         return all(session.idle for session in self._held.get(sink, {}).values())
 
     def detach(self, sink: Sink) -> None:
-        """A stream has ended: its sessions stay, until they are resumed or expire."""
+        """A stream has ended: its sessions stay, until they are resumed or expire.
+
+        Chunks that no step has begun are forgotten: a session that is resumed says from where to send.
+        """
         for session in self._held.pop(sink, {}).values():
             session.sink = None
+            self._residents[session.id].model.withdraw(session)
 
     def expire(self, now: float) -> int:
         """Forget the sessions that were idle for too long; how many these were."""
         limit = self._limits.idle_timeout_s
+        for resident in self._residents.values():
+            if not resident.session.idle:  # a session is in use as long as its answer is not there
+                resident.last_used = now
         expired = [
             resident
             for resident in self._residents.values()
@@ -152,12 +158,13 @@ class Sessions:
             resident.model.release(session)
         return len(expired)
 
-    def _find(self, session_id: str) -> Resident:
+    def find(self, session_id: str) -> Resident:
+        """A session by its id. Raises `SessionNotFoundError`, `SessionExpiredError`, `SessionClosedError`."""
         if (resident := self._residents.get(session_id)) is not None:
             return resident
         if (error := self._gone.get(session_id)) is not None:
             raise type(error)(str(error))
-        raise SessionNotFoundError(f"there is no session {session_id!r}; open one first")
+        raise SessionNotFoundError(f"there is no session {shorten(session_id)!r}; open one first")
 
     def _attach(self, session: Session, sink: Sink) -> None:
         session.sink = sink

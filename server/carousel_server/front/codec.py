@@ -1,4 +1,4 @@
-"""Wire tensors and NumPy arrays. Request bytes are viewed, never copied."""
+"""Wire tensors and NumPy arrays: protobuf copies the bytes out of a message once, then they are viewed."""
 
 import math
 from collections.abc import Iterable
@@ -9,7 +9,10 @@ from carousel_protos.v1.carousel_pb2 import Result as ResultMessage
 from carousel_protos.v1.carousel_pb2 import Tensor
 from carousel_server.engine.session import Result
 from carousel_server.engine.spec import Array, Port, numpy_dtype, wire_dtype
-from carousel_server.errors import TensorError
+from carousel_server.errors import TensorError, shorten
+
+# Axes of a tensor, and entries along one.
+_RANK, _SIZE = 8, 2**31 - 1
 
 
 def decode(tensors: Iterable[Tensor], names: Iterable[str]) -> dict[str, Array]:
@@ -23,7 +26,13 @@ def decode(tensors: Iterable[Tensor], names: Iterable[str]) -> dict[str, Array]:
         dtype = numpy_dtype(tensor.dtype)
         shape = tuple(tensor.shape)
         data = tensor.data  # each access makes the bytes anew
-        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(data):
+        if len(shape) > _RANK or min(shape, default=0) < 0 or max(shape, default=0) > _SIZE:
+            raise TensorError(
+                f"tensor {shorten(name)!r} says a shape of {len(shape)} axes, {list(shape[:_RANK])}; "
+                f"send at most {_RANK}, each from 0 to {_SIZE}",
+                tensor=shorten(name),
+            )
+        if math.prod(shape) * dtype.itemsize != len(data):
             raise TensorError(
                 f"tensor {name!r} says {dtype.name} {list(shape)} and has {len(data)} bytes; they do not agree",
                 tensor=name,

@@ -7,9 +7,10 @@ from typing import Any
 from uuid import uuid4
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc.status_pb2 import Status
 
-from carousel_server.errors import CarouselError
+from carousel_server.errors import CarouselError, InvalidError
 from carousel_server.front.status import to_status
 
 log = logging.getLogger("carousel")
@@ -34,13 +35,18 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             make, behavior = grpc.unary_unary_rpc_method_handler, handler.unary_unary
         if not inspect.iscoroutinefunction(behavior):
             return handler  # health's Watch and reflection are generators, and raise none of ours
-        return make(_guard(behavior), handler.request_deserializer, handler.response_serializer)
+        # Requests are read inside the guard: what is no message is an error of the client's, told as such. A stream
+        # reads its own, one by one.
+        parse = None if handler.stream_stream is not None else handler.request_deserializer
+        return make(_guard(behavior, parse), None, handler.response_serializer)
 
 
-def _guard(behavior: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+def _guard(
+    behavior: Callable[[Any, Any], Awaitable[Any]], parse: Callable[[bytes], Any] | None
+) -> Callable[[Any, Any], Awaitable[Any]]:
     async def guarded(request: Any, context: Any) -> Any:
         try:
-            return await behavior(request, context)
+            return await behavior(_parse(parse, request) if parse is not None else request, context)
         except CarouselError as error:
             await abort(context, to_status(error))
         except grpc.aio.AbortError:
@@ -49,6 +55,13 @@ def _guard(behavior: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any
             await abort(context, internal())
 
     return guarded
+
+
+def _parse(parse: Callable[[bytes], Any], request: bytes) -> Any:
+    try:
+        return parse(request)
+    except DecodeError as error:
+        raise InvalidError("the request is no message of this method; generate the client anew") from error
 
 
 def internal() -> Status:

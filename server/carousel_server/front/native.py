@@ -23,19 +23,24 @@ class NativeServicer(CarouselServicer):
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._calls: set[StreamCall] = set()
+        # The deadline that streams were told, in Unix milliseconds.
+        self._going_away: int | None = None
 
     async def Stream(self, request_iterator: Any, context: Context) -> None:  # type: ignore[override]
         call = StreamCall(self._engine, request_iterator, context)
         self._calls.add(call)
+        if self._going_away is not None:
+            call.going_away(self._going_away)
         try:
             await call.serve()
         finally:
             self._calls.discard(call)
 
     def announce(self, drain_s: float) -> None:
-        """Tell every stream that the server will stop."""
+        """Tell every stream that the server will stop, also those that come later."""
+        self._going_away = int((time.time() + drain_s) * 1000)
         for call in self._calls:
-            call.going_away(int((time.time() + drain_s) * 1000))
+            call.going_away(self._going_away)
 
     async def Infer(self, request: pb.InferRequest, context: Unary) -> pb.InferResponse:  # noqa: ARG002
         spec = self._engine.catalogue.get(request.model, request.version).spec
@@ -47,9 +52,11 @@ class NativeServicer(CarouselServicer):
         return pb.InferResponse(tensors=[encode(port, outputs[port.name]) for port in spec.outputs], version=version)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Unary) -> pb.ListModelsResponse:  # noqa: ARG002
+        await self._engine.catalogue.refresh()
         return pb.ListModelsResponse(models=map(_status, self._engine.catalogue.entries()))
 
     async def GetModel(self, request: pb.GetModelRequest, context: Unary) -> pb.GetModelResponse:  # noqa: ARG002
+        await self._engine.catalogue.refresh()
         entry = self._engine.catalogue.entry(request.model, request.version)
         if entry.model is None:
             return pb.GetModelResponse(status=_status(entry))
@@ -58,10 +65,10 @@ class NativeServicer(CarouselServicer):
         )
 
     async def LoadModel(self, request: pb.LoadModelRequest, context: Unary) -> pb.LoadModelResponse:  # noqa: ARG002
-        return pb.LoadModelResponse(status=_status(await self._engine.catalogue.load(request.model, request.version)))
+        return pb.LoadModelResponse(status=_status(await self._engine.load(request.model, request.version)))
 
     async def UnloadModel(self, request: pb.UnloadModelRequest, context: Unary) -> pb.UnloadModelResponse:  # noqa: ARG002
-        entries = await self._engine.catalogue.unload(request.model, request.version)
+        entries = await self._engine.unload(request.model, request.version)
         return pb.UnloadModelResponse(models=map(_status, entries))
 
 
@@ -70,7 +77,7 @@ def _status(entry: Entry) -> pb.ModelStatus:
 
 
 def _statistics(model: Model) -> pb.Statistics:
-    counted = model.counters
+    counted = model.steps.counters
     return pb.Statistics(
         steps=counted.steps,
         rows=counted.rows,

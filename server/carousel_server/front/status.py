@@ -15,9 +15,12 @@ from carousel_server.errors import (
     NotFoundError,
     PreconditionError,
     UnavailableError,
+    shorten,
 )
 
 DOMAIN = "carousel"
+# Characters of a message; gRPC drops a status whose metadata is over 8 KB.
+_MESSAGE = 1000
 _CODES = {
     NotFoundError: Code.NOT_FOUND,
     AlreadyExistsError: Code.ALREADY_EXISTS,
@@ -36,7 +39,7 @@ def to_status(error: CarouselError) -> Status:
     if error.retry_after_s is not None:
         delay = Duration(nanos=round(error.retry_after_s * 1e9) % 10**9, seconds=int(error.retry_after_s))
         details.append(RetryInfo(retry_delay=delay))
-    status = Status(code=code, message=str(error))
+    status = Status(code=code, message=shorten(str(error), _MESSAGE))
     for detail in details:
         packed = Any()
         packed.Pack(detail)

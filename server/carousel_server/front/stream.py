@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from carousel_protos.v1.carousel_pb2 import (
     Chunk,
@@ -21,15 +22,19 @@ from carousel_protos.v1.carousel_pb2 import Closed as ClosedMessage
 from carousel_server.engine.engine import Engine
 from carousel_server.engine.session import Event, Failure, Result
 from carousel_server.engine.spec import Port
-from carousel_server.errors import CarouselError, InvalidError
+from carousel_server.errors import CarouselError, InvalidError, TooLargeError
 from carousel_server.front.codec import decode, fill_result
 from carousel_server.front.interceptor import internal
 from carousel_server.front.status import to_status
 
-# Answers that wait for a slow reader before its requests are no longer read.
-_OUTBOX_ITEMS = 1024
-# Payload bytes of one response message, about; a single answer may be larger.
+# Bytes of answers that wait for a slow reader before its requests are no longer read, about.
+_OUTBOX_BYTES = 8 * 1024 * 1024
+# Payload bytes of one response message; a single answer may be larger.
 _MESSAGE_BYTES = 1024 * 1024
+# Items of one request message, and how many are taken before others get their turn.
+_ITEMS, _TURN = 4096, 128
+# What an item without tensors counts for.
+_ITEM_BYTES = 256
 
 Context = grpc.aio.ServicerContext[StreamRequest, StreamResponse]
 # A result is written into its message when that leaves.
@@ -39,13 +44,14 @@ Answer = tuple[Result, Sequence[Port]]
 class StreamCall:
     """Reads, and beside it writes; it is the sink of the sessions that it holds."""
 
-    def __init__(self, engine: Engine, requests: AsyncIterator[StreamRequest], context: Context) -> None:
+    def __init__(self, engine: Engine, requests: AsyncIterator[bytes], context: Context) -> None:
         self._engine = engine
         self._requests = requests
         self._context = context
         # Of each session its input names, and its outputs with their sizes.
         self._ports: dict[str, tuple[list[str], Sequence[Port]]] = {}
         self._outbox: deque[ResponseItem | Answer] = deque()
+        self._outbox_bytes = 0
         self._filled = asyncio.Event()
         self._emptied = asyncio.Event()
         self._half_closed = False
@@ -76,16 +82,25 @@ class StreamCall:
 
     def _send(self, item: ResponseItem | Answer) -> None:
         self._outbox.append(item)
+        self._outbox_bytes += _size(item)
         self._filled.set()
 
     async def _read(self) -> None:
         try:
-            async for request in self._requests:
-                for item in request.items:
+            async for raw in self._requests:
+                try:
+                    items = StreamRequest.FromString(raw).items
+                except DecodeError as error:
+                    raise InvalidError("this is no carousel.v1.StreamRequest; generate the client anew") from error
+                if len(items) > _ITEMS:
+                    raise TooLargeError(f"a message has {len(items)} items and {_ITEMS} are allowed; send several")
+                for position, item in enumerate(items):
                     self._take(item)
-                while len(self._outbox) > _OUTBOX_ITEMS:
-                    self._emptied.clear()
-                    await self._emptied.wait()
+                    if position % _TURN == _TURN - 1:
+                        await asyncio.sleep(0)
+                    while self._outbox_bytes > _OUTBOX_BYTES:
+                        self._emptied.clear()
+                        await self._emptied.wait()
         finally:
             self._half_closed = True
             self._filled.set()
@@ -107,7 +122,8 @@ class StreamCall:
             index = item.chunk.index if kind == "chunk" else None
             self._send(ResponseItem(failed=_failed(asked.session_id, error, index)))
         except Exception:  # noqa: BLE001 (one item's fault never ends the stream of the others)
-            self._send(ResponseItem(failed=Failed(session_id=asked.session_id, status=internal())))
+            index = item.chunk.index if kind == "chunk" else None
+            self._send(ResponseItem(failed=Failed(session_id=asked.session_id, status=internal(), index=index)))
 
     def _open(self, asked: Open) -> None:
         states = decode(asked.initial_state, ())
@@ -151,14 +167,21 @@ class StreamCall:
     def _response(self) -> StreamResponse:
         """What waits, or as much of it as one message takes."""
         response, size = StreamResponse(), 0
-        while self._outbox and size < _MESSAGE_BYTES:
+        while self._outbox and (not size or size + _size(self._outbox[0]) <= _MESSAGE_BYTES):
             waiting = self._outbox.popleft()
+            size += _size(waiting)
             if isinstance(waiting, ResponseItem):
                 response.items.append(waiting)
             else:
-                size += sum(len(data) for data in waiting[0].data if data is not None)
                 fill_result(response.items.add().result, *waiting)
+        self._outbox_bytes -= size
         return response
+
+
+def _size(waiting: ResponseItem | Answer) -> int:
+    if isinstance(waiting, ResponseItem):
+        return _ITEM_BYTES
+    return _ITEM_BYTES + sum(len(data) for data in waiting[0].data if data is not None)
 
 
 def _failed(session_id: str, error: CarouselError, index: int | None) -> Failed:
