@@ -30,6 +30,7 @@ from carousel_export.signature import Signature
 from carousel_export.torchscript import TORCHSCRIPT, write_torchscript
 from carousel_export.triton import check_triton, write_config
 from carousel_export.variants import check_variants
+from carousel_export.vocabulary import find_vocabularies
 from carousel_protos.bundle import Bundle, BundleWriter
 from carousel_protos.v1 import manifest_pb2 as pb
 
@@ -105,6 +106,8 @@ def export(
             write_golden(writer.path / GOLDEN, reference, draw, policies)
             figures = measure(eager, signature, example)
             manifest = _manifest(figures, signature, default, policies)
+            for port, size in zip(manifest.inputs, find_vocabularies(eager, signature, example), strict=True):
+                port.vocabulary = size
             manifest.name, manifest.version = name, writer.version
             proof["variants"] = measure_variants(writer.path, tried, draw, default, manifest, bound=variant_error)
             for output, values in named_labels.items():

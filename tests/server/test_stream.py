@@ -1,6 +1,9 @@
 """Streams against eager PyTorch, over real gRPC."""
 
 import asyncio
+import json
+import shutil
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -11,7 +14,8 @@ from tests.support.stream import RawStream, array, chunk_item, close_item, open_
 
 from carousel_protos.v1 import carousel_pb2 as pb
 from carousel_protos.v1.carousel_pb2_grpc import CarouselStub
-from carousel_server.serve import Server
+from carousel_server.config import ServerConfig
+from carousel_server.serve import Server, serving
 
 TOLERANCE = 1e-5
 
@@ -132,10 +136,20 @@ async def test_bits_do_not_depend_on_batch_mates(channel: grpc.aio.Channel):
     assert lonely.tobytes() == crowded.tobytes()
 
 
-async def test_a_row_that_the_model_refuses_fails_alone(channel: grpc.aio.Channel):
-    """A token outside the vocabulary fails its own chunk; its batch-mates are answered, and its state has not moved."""
+async def test_a_row_that_the_model_refuses_fails_alone(models: Path, tmp_path: Path):
+    """A value that only the model can refuse fails its own chunk; its batch-mates are answered, no state has moved."""
     wanted = whole(make(Speaker), torch.arange(8)).numpy()
-    async with RawStream(channel) as stream:
+    shutil.copytree(models / "speaker", tmp_path / "speaker")
+    manifest = tmp_path / "speaker" / "1" / "manifest.json"
+    parsed = json.loads(manifest.read_text())
+    assert parsed["inputs"][0].pop("vocabulary") == 11  # as of a model whose look-up the exporter does not see
+    manifest.write_text(json.dumps(parsed))
+    config = ServerConfig(models=tmp_path, listen="127.0.0.1:0", drain_timeout_s=0)
+    async with (
+        serving(config) as server,
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+        RawStream(channel) as stream,
+    ):
         await stream.send(*(open_item(f"{row}", "speaker") for row in range(9)))
         for _ in range(9):
             assert (await stream.receive()).HasField("opened")
@@ -154,6 +168,20 @@ async def test_a_row_that_the_model_refuses_fails_alone(channel: grpc.aio.Channe
                 assert np.abs(array(item.result.tensors[0]) - wanted[4:]).max() <= TOLERANCE
         item = await stream.ask(chunk_item("4", 1, np.arange(4, 8), end=True))
         assert np.abs(array(item.result.tensors[0]) - wanted[4:]).max() <= TOLERANCE
+
+
+async def test_an_unknown_token_is_refused_before_it_is_the_sessions(channel: grpc.aio.Channel):
+    """Under `full`, where nothing runs before the end, a token outside the vocabulary is told at once, without harm."""
+    wanted = whole(make(Speaker), torch.arange(6)).numpy()
+    async with RawStream(channel) as stream:
+        await stream.ask(open_item("s", "speaker", policy=policy("full")))
+        assert (await stream.ask(chunk_item("s", 0, np.arange(3)))).HasField("result")
+        for bad in (np.array([3, 11]), np.array([-1, 3])):
+            refused = await stream.ask(chunk_item("s", 1, bad))
+            assert refused.failed.status.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+            assert "0 to 10" in refused.failed.status.message
+        answer = await stream.ask(chunk_item("s", 1, np.arange(3, 6), end=True))
+        assert np.abs(array(answer.result.tensors[0]) - wanted).max() <= TOLERANCE
 
 
 async def test_a_session_starts_from_a_given_state(channel: grpc.aio.Channel):

@@ -325,8 +325,11 @@ class TensorSpec(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     DIMS_FIELD_NUMBER: _builtins.int
     EAGER_DIMS_FIELD_NUMBER: _builtins.int
+    VOCABULARY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     dtype: Global___DataType.ValueType
+    vocabulary: _builtins.int
+    """An input of token ids: they lie from 0 to below this, the size of the embedding that looks them up. 0: not known."""
     @_builtins.property
     def dims(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The graph's dimensions, batch first: "batch", "time", a number, or the name of a context's dimension. An output
@@ -344,10 +347,11 @@ class TensorSpec(_message.Message):
         dtype: Global___DataType.ValueType = ...,
         dims: _abc.Iterable[_builtins.str] | None = ...,
         eager_dims: _abc.Iterable[_builtins.str] | None = ...,
+        vocabulary: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dims", b"dims", "dtype", b"dtype", "eager_dims", b"eager_dims", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dims", b"dims", "dtype", b"dtype", "eager_dims", b"eager_dims", "name", b"name", "vocabulary", b"vocabulary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -55,13 +55,15 @@ class Port:
     item: tuple[int, ...]
     per_frame: bool
     named: tuple[tuple[int, str], ...] = ()
+    # Token ids lie from 0 to below this; 0: not known.
+    vocabulary: int = 0
 
     @classmethod
     def read(cls, spec: TensorSpec) -> "Port":
         dims = [dim for dim in spec.dims if dim not in ("batch", "time")]
         item = tuple(int(dim) if dim.isdecimal() else -1 for dim in dims)
         named = tuple((axis, dim) for axis, dim in enumerate(dims) if not dim.isdecimal())
-        return cls(spec.name, numpy_dtype(spec.dtype), item, "time" in spec.dims, named)
+        return cls(spec.name, numpy_dtype(spec.dtype), item, "time" in spec.dims, named, spec.vocabulary)
 
     def bind(self, sizes: Mapping[str, int]) -> "Port":
         """The port with these sizes of its named axes."""
@@ -88,6 +90,12 @@ class Port:
         if self.dtype.kind == "f" and not _is_finite(array):
             raise TensorError(
                 f"tensor {self.name!r} of {where} has values that are not finite; send numbers only", tensor=self.name
+            )
+        if self.vocabulary and array.size and not (array.min() >= 0 and array.max() < self.vocabulary):
+            raise TensorError(
+                f"tensor {self.name!r} of {where} has ids from {array.min()} to {array.max()}; "
+                f"the model knows 0 to {self.vocabulary - 1}",
+                tensor=self.name,
             )
 
 
