@@ -6,6 +6,7 @@ the sizes that follow batch and time, is the model for any size. It is believed 
 """
 
 import copy
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from carousel_export.axes import candidates, grow
 from carousel_export.eager import Eager, call_name
-from carousel_export.errors import ModelError
+from carousel_export.errors import ModelError, one_line
 from carousel_export.given import Axes
 from carousel_export.loops.fuse import fuse, pairs, prune
 from carousel_export.loops.layers import Cell, alike, layer_of, layer_of_both
@@ -26,6 +27,7 @@ from carousel_export.loops.roll import Roller
 from carousel_export.loops.trace import trace
 from carousel_export.signature import BATCH, TIME
 
+log = logging.getLogger(__name__)
 _FRAMES = (5, 7, 6)
 # (batch, time) at which the layers have to answer as the loops do.
 _TRIALS = ((1, 1), (2, 1), (1, 2), (3, 5), (2, 13))
@@ -88,8 +90,7 @@ def reroll(eager: Eager, example: Sequence[Tensor]) -> Rerolled:
     rerolled = _assemble(eager, program, loops, axes)
     for batch, frames in _TRIALS:
         inputs = _draw(example, roles, {BATCH: batch, TIME: frames})
-        wanted, got = eager.run(inputs), _run(rerolled.module, inputs)
-        if not _agree(wanted, got):
+        if not _agree(eager.run(inputs), _run(rerolled.module, inputs)):
             raise ModelError(
                 f"{_names(eager)} cannot be exported for any number of frames: as layers over whole sequences they "
                 f"answer otherwise for {batch} × {frames} frames; write forward so that each frame is treated alike"
@@ -208,15 +209,25 @@ def _draw(example: Sequence[Tensor], roles: Mapping[str, Axes], sizes: Mapping[s
     return drawn
 
 
-def _run(module: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
-    with torch.no_grad():
-        return pytree.tree_leaves(module(*inputs))
+def _run(module: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor] | None:
+    try:
+        with torch.no_grad():
+            return pytree.tree_leaves(module(*inputs))
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        log.debug("the layers fail on %s: %s", [list(x.shape) for x in inputs], one_line(error))
+        return None
 
 
-def _agree(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> bool:
-    return len(wanted) == len(got) and all(
-        a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a.double(), b.double(), equal_nan=True, **_SAME)
-        for a, b in zip(wanted, got, strict=True)
+def _agree(wanted: Sequence[Tensor], got: Sequence[Tensor] | None) -> bool:
+    return (
+        got is not None
+        and len(wanted) == len(got)
+        and all(
+            a.shape == b.shape
+            and a.dtype == b.dtype
+            and torch.allclose(a.double(), b.double(), equal_nan=True, **_SAME)
+            for a, b in zip(wanted, got, strict=True)
+        )
     )
 
 

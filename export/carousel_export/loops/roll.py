@@ -167,7 +167,8 @@ class Roller:
             x: Register = frames.register
             if frames.order == 0:
                 x = self._function(_repeated, x, self.frames)
-            initial = [self.emit(value) for value in chain.initial if value.call.target not in _ZEROS]
+            zero = all(value.call.target in _ZEROS for value in chain.initial)
+            initial = [] if zero else [self.emit(value) for value in chain.initial]
             hx = [self._function(torch.unsqueeze, register, 0) for register in initial]
             args = (x,) if not hx else (x, hx[0] if len(hx) == 1 else tuple(hx))
             step = self._step(Step(chain.path, args)).step

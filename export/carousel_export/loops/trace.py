@@ -30,11 +30,11 @@ class Call:
     target: Target | None
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
-    # The leaves of what it returned.
+    # The leaves of what it returned, as they were then.
     results: list[Any] = field(default_factory=list)
     # The path of a parameter or buffer, or which input it is.
     path: str | int = ""
-    # The tensor that it wrote into, which is kept alive so that no other takes its id.
+    # The tensor that it wrote into.
     wrote: Tensor | None = None
 
     @property
@@ -104,12 +104,14 @@ class _Recorder(TorchFunctionMode):
         self.cells: dict[str, list[Call]] = {path: [] for path in cells}
         self._paths = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
         self._values: dict[int, Value] = {}
-        self._paused = False
+        self._pausing = False
+        # So that no other tensor takes the id of one of these.
+        self._alive: list[Any] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if self._paused:
+        if self._pausing:
             return func(*args, **(kwargs or {}))
         if func in _READS and self._of_inputs(self.value(args[0])):
             raise ModelError(
@@ -124,7 +126,7 @@ class _Recorder(TorchFunctionMode):
             func(base, index, taken)
             call = self._call(written, (base, index, taken), {})
             call.wrote = base
-            self.note(call, base.clone())
+            self.note(call, base)
             return None
         if func is Tensor.__getitem__ and (steps := _steps(*args)):
             x = args[0]
@@ -155,11 +157,22 @@ class _Recorder(TorchFunctionMode):
         return self._values[id(tensor)]
 
     def note(self, call: Call, result: Any) -> None:
-        """Keep what a call returned, so that its tensors are known as its values from here on."""
-        call.results = pytree.tree_leaves(result)
-        for leaf, tensor in enumerate(call.results):
+        """Keep what a call returned as it is now, so that its tensors are known as its values from here on."""
+        self._alive.append((result, call.wrote))
+        with self._paused():
+            call.results = pytree.tree_map_only(Tensor, Tensor.clone, pytree.tree_leaves(result))
+        for leaf, tensor in enumerate(pytree.tree_leaves(result)):
             if isinstance(tensor, Tensor):
                 self._values[id(tensor if call.wrote is None else call.wrote)] = Value(call, leaf)
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """Within, nothing is noted."""
+        before, self._pausing = self._pausing, True
+        try:
+            yield
+        finally:
+            self._pausing = before
 
     def _of_inputs(self, value: Value) -> bool:
         """Whether a tensor has anything to do with the model's inputs; a parameter's numbers are the model's own."""
@@ -167,23 +180,22 @@ class _Recorder(TorchFunctionMode):
 
     def _module(self, path: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
-            self._paused = True
-            try:
+            with self._paused():
                 return type(module).forward(module, *args, **kwargs)
-            finally:
-                self._paused = False
 
-        return run(*args, **kwargs) if self._paused else self._run(run, args, kwargs, path=path)
+        return run(*args, **kwargs) if self._pausing else self._run(run, args, kwargs, path=path)
 
     def _run(self, func: Callable[..., Any], args: Any, kwargs: Any, path: str | None = None) -> Any:
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        versions = [tensor._version for tensor in given]  # noqa: SLF001 - there is no other way to see a write
+        with self._paused():
+            versions = [x._version for x in given]  # noqa: SLF001 - there is no other way to see a write
         call = self._call(func if path is None else path, args, kwargs)
         result = func(*args, **kwargs)
         returned = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         if not returned:
             return result
-        changed = {id(x): x for x, version in zip(given, versions, strict=True) if x._version != version}  # noqa: SLF001
+        with self._paused():
+            changed = {id(x): x for x, was in zip(given, versions, strict=True) if x._version != was}  # noqa: SLF001
         if changed:
             call.wrote = changed.pop(id(returned[0]), None)
             if changed or call.wrote is None:
@@ -192,7 +204,6 @@ class _Recorder(TorchFunctionMode):
                     f"{what} writes into a tensor that it is given, and Carousel cannot follow that in a model with "
                     "cells; return a new tensor"
                 )
-            result = returned[0].clone()
         if path in self.cells:
             self.cells[path].append(call)
         # Dropout in evaluation mode, say, hands on what it was given.
