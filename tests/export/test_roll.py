@@ -137,7 +137,50 @@ def with_last_and_first(m: Looped, x: Tensor) -> dict[str, Tensor]:
     return {"frames": y, "last": m.fc(h), "mean": y.mean(1)}
 
 
+def by_kept_splits(m: Looped, x: Tensor) -> Tensor:
+    """As torch's own example of sequences does it: frames of one feature, cut out with their axis."""
+    h, answers = None, []
+    for frame in x[:, :, 0].split(1, dim=1):
+        h = m.cell(frame.expand(-1, 4) * m.start[:4], h)
+        answers += [m.fc(h)[:, :1]]
+    return torch.cat(answers, dim=1)
+
+
+def writing_into_tensors(m: Looped, x: Tensor) -> Tensor:
+    h, answers = None, []
+    for frame in x.unbind(1):
+        h = m.cell(frame, h)
+        answers.append(nn.functional.relu(h + 0.1, inplace=True))
+    y = torch.stack(answers, 1)
+    y += m.start
+    return y.mul_(2)
+
+
+def residual_stack(m: Looped, x: Tensor) -> tuple[Tensor, Tensor]:
+    states: list[Tensor | None] = [None, None]
+    answers = torch.empty_like(x)
+    for t in range(x.size(1)):
+        y = x[:, t]
+        for i, cell in enumerate((m.cell, m.other)):
+            states[i] = cell(y, states[i])
+            y = y + m.fc(states[i])
+        answers[:, t, :] = y
+    return answers, torch.stack([state for state in states if state is not None])
+
+
+def from_a_learned_state(m: Looped, x: Tensor) -> Tensor:
+    h, answers = m.start.expand(len(x), -1), []
+    for frame in x.unbind(1):
+        h = m.cell(frame, h)
+        answers.append(h)
+    return torch.stack(answers, 1)
+
+
 FORWARD = [
+    by_kept_splits,
+    writing_into_tensors,
+    residual_stack,
+    from_a_learned_state,
     by_index,
     by_unbind,
     by_iteration,
