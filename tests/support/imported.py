@@ -32,3 +32,21 @@ def counting(path: Path) -> Path:
     graph = helper.make_graph(nodes, "counting", inputs, outputs, weights)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
     return path
+
+
+def gated(path: Path) -> Path:
+    """An ONNX file that takes one frame a call: y = state' = tanh(x + state / 2) of [batch, 4], state [1, batch, 4]."""
+    shape = {"input": ["batch", 4], "state": [1, "batch", 4], "output": ["batch", 4], "stateN": [1, "batch", 4]}
+    info = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, dims) for name, dims in shape.items()}
+    nodes = [
+        helper.make_node("Mul", ["state", "half"], ["before"]),
+        helper.make_node("Add", ["input", "before"], ["sum"]),
+        helper.make_node("Tanh", ["sum"], ["stateN"]),
+        helper.make_node("Squeeze", ["stateN", "first"], ["output"]),
+    ]
+    weights = [helper.make_tensor("half", TensorProto.FLOAT, [], [0.5])]
+    weights.append(helper.make_tensor("first", TensorProto.INT64, [1], [0]))
+    inputs, outputs = ([info[name] for name in names] for names in (("input", "state"), ("output", "stateN")))
+    graph = helper.make_graph(nodes, "gated", inputs, outputs, weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support.imported import counting
+from tests.support.imported import counting, gated
 from torch import Tensor, nn
 
 import carousel_client as cc
@@ -153,6 +153,51 @@ async def test_states_of_any_shape_and_dtype(tmp_path: Path) -> None:
     x = torch.randn(20, 2)
     got = await stream(tmp_path / "models", "c", x.numpy(), [3, 1, 9])
     np.testing.assert_allclose(got, x.cumsum(0) + 16000, rtol=1e-6)
+
+
+@pytest.mark.system("16", "a file that takes one frame a call is repeated over time, each row to its own length")
+async def test_one_frame_a_call(tmp_path: Path) -> None:
+    """A file without a time axis streams chunks of any length in ragged batches, equal to calling it frame by frame."""
+    bundle = cx.import_model(gated(tmp_path / "g.onnx"), name="g", out=tmp_path / "models")
+    assert {s.input: s.output for s in bundle.manifest.states} == {"state": "stateN"}
+    assert list(bundle.manifest.inputs[0].dims) == ["batch", "time", "4"]
+    assert bundle.manifest.ragged
+    x, state, wanted = torch.randn(20, 4), torch.zeros(4), []
+    for frame in x:
+        state = torch.tanh(frame + state / 2)
+        wanted.append(state)
+    got = await stream(tmp_path / "models", "g", x.numpy(), [3, 1, 9])
+    np.testing.assert_allclose(got, torch.stack(wanted), rtol=0, atol=1e-6)
+
+
+class Ragged(nn.Module):
+    """Lengths of its own, by which padding is kept out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(5, 7, batch_first=True)
+
+    def forward(self, x: Tensor, x_len: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        y, _ = self.gru(x, h)
+        last = (x_len - 1)[:, None, None].expand(-1, 1, 7)
+        return y, y.gather(1, last).transpose(0, 1)
+
+
+async def test_lengths_of_its_own(tmp_path: Path) -> None:
+    """An input with the valid frames of each row is found by its name, fed by the server, and lets rows differ."""
+    torch.manual_seed(0)
+    model = Ragged().eval()
+    example = (torch.randn(2, 4, 5), torch.tensor([4, 2]), torch.zeros(1, 2, 7))
+    axes = {"x": {0: "N", 1: "T"}, "x_len": {0: "N"}, "h": {1: "N"}, "y": {0: "N", 1: "T"}, "h_out": {1: "N"}}
+    file = write_onnx(tmp_path / "r.onnx", model, example, axes, ["y", "h_out"])
+    bundle = cx.import_model(file, name="r", out=tmp_path / "models")
+    assert bundle.manifest.ragged
+    assert {s.input: s.output for s in bundle.manifest.states} == {"h": "h_out"}
+    x = torch.randn(20, 5)
+    with torch.no_grad():
+        wanted = model.gru(x[None])[0][0]
+    got = await stream(tmp_path / "models", "r", x.numpy(), [3, 1, 9])
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5)
 
 
 class Two(nn.Module):

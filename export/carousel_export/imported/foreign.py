@@ -60,7 +60,7 @@ class Plan:
     """How the file's tensors and the contract's go together.
 
     `dims` names the axes of every input and output that is a tensor of the contract, in the file's own order, "batch"
-    and, where there is one, "time" among sizes.
+    and, where there is one, "time" among sizes; where there is none, the signature's ports have time behind the batch.
     """
 
     signature: Signature
@@ -68,6 +68,8 @@ class Plan:
     constants: Mapping[str, Tensor | Scalar]
     # The file's own input for the valid frames of each row, and its dtype.
     lengths: tuple[str, torch.dtype] | None = None
+    # The file takes one frame a call and has no time axis; the contract's graph repeats it.
+    stepwise: bool = False
 
     def axis(self, name: str) -> int:
         """Where the batch is in a tensor of the file."""
@@ -75,18 +77,22 @@ class Plan:
 
 
 def to_contract(plan: Plan, foreign: Foreign, results: Sequence[Tensor]) -> list[Tensor]:
-    """The file's outputs in the contract's order and axes."""
+    """The file's outputs in the contract's order and axes; those of one frame as a stream of one."""
     by_name = dict(zip((value.name for value in foreign.outputs), results, strict=True))
-    outputs = [port.fetch(by_name[port.name]) for port in plan.signature.outputs]
+    if plan.stepwise:
+        outputs = [by_name[p.name].movedim(plan.axis(p.name), 0).unsqueeze(1) for p in plan.signature.outputs]
+    else:
+        outputs = [port.fetch(by_name[port.name]) for port in plan.signature.outputs]
     return outputs + [by_name[state.output].movedim(plan.axis(state.output), 0) for state in plan.signature.states]
 
 
 def to_file(plan: Plan, tensors: Sequence[Tensor]) -> dict[str, Tensor | Scalar]:
-    """The file's inputs, from the contract's inputs, lengths and states."""
+    """The file's inputs, from the contract's inputs, lengths and states; where it is stepwise, those of one frame."""
     signature = plan.signature
     count = len(signature.inputs)
     values: dict[str, Tensor | Scalar] = dict(plan.constants)
-    values |= {port.name: port.feed(x) for port, x in zip(signature.inputs, tensors[:count], strict=True)}
+    for port, x in zip(signature.inputs, tensors[:count], strict=True):
+        values[port.name] = x[:, 0].movedim(0, plan.axis(port.name)) if plan.stepwise else port.feed(x)
     if plan.lengths is not None:
         name, dtype = plan.lengths
         values[name] = tensors[count].to(dtype)
@@ -95,9 +101,11 @@ def to_file(plan: Plan, tensors: Sequence[Tensor]) -> dict[str, Tensor | Scalar]
     return values
 
 
-def port(value: Value, dims: Dims) -> Port:
-    """A tensor of the file as the signature has it."""
+def port(value: Value, dims: Dims, *, stepwise: bool = False) -> Port:
+    """A tensor of the file as the signature has it; `stepwise`: it is one frame's."""
     assert value.dtype is not None, "a plain number is a constant"
     if dims.count(BATCH) != 1 or dims.count(TIME) > 1:
         raise ExampleError(f"{value.name!r} has the axes {', '.join(dims)}; one is batch, and one at most is time")
+    if stepwise:
+        dims = (BATCH, TIME, *(dim for dim in dims if dim != BATCH))
     return Port(value.name, value.dtype, dims, dims)

@@ -136,22 +136,33 @@ def _plan(
     lengths = lengths or next((name for name, value in values.items() if is_lengths(value)), None)
     timed = [name for name, value in values.items() if TIME in (value.dims or ())]
     pairs = find_pairs([v for v in values.values() if v.name != lengths], list(outputs.values()), states, timed=timed)
+    free = [value for value in outputs.values() if value.name not in pairs.values()]
+    # Without time anywhere, the file takes one frame a call: what is no state, and could be none.
+    stepwise = not timed
+    if stepwise:
+        others = [value for name, value in values.items() if name not in (*pairs, lengths)]
+        known = states or (pairs and len(others) == 1)
+        timed = [value.name for value in others if known or not any(fits(value, output) for output in free)]
     loose = [value for name, value in values.items() if name not in (*timed, *pairs, lengths)]
-    if loose:
-        raise ExampleError(_ask(loose, [v for v in outputs.values() if v.name not in pairs.values()]))
-    if not timed:
+    if stepwise and not loose and not (pairs and timed):
         raise ExampleError(
-            f"no input of {foreign.path.name} has a time axis: {_listed(values.values())}; name it with --input"
+            f"{foreign.path.name} has no time axis and no {'state' if timed else 'input beside its states'}: it takes "
+            f"{_listed(values.values())}; name axes with --input, and states with --state"
         )
+    if loose:
+        raise ExampleError(_ask(loose, free))
     axes = {**dims, **{key: tuple(map(str, value.dims or ())) for key, value in outputs.items()}}
     signature = Signature(
-        inputs=tuple(port(values[key], axes[key]) for key in timed),
-        outputs=tuple(port(value, axes[key]) for key, value in outputs.items() if key not in pairs.values()),
+        inputs=tuple(port(values[key], axes[key], stepwise=stepwise) for key in timed),
+        outputs=tuple(
+            port(value, axes[key], stepwise=stepwise) for key, value in outputs.items() if key not in pairs.values()
+        ),
         states=tuple(_state(values[key], output) for key, output in pairs.items()),
         bidirectional=False,
     )
     kind = values[lengths].dtype if lengths is not None else None
-    return Plan(signature, axes, constants, (lengths, kind) if lengths is not None and kind is not None else None)
+    counted = (lengths, kind) if lengths is not None and kind is not None else None
+    return Plan(signature, axes, constants, counted, stepwise)
 
 
 def _state(value: Value, output: str) -> State:
@@ -180,7 +191,8 @@ def _sample(plan: Plan, foreign: Foreign) -> Stream:
     drawn = draw(values, plan.dims)
     tensors = []
     for each in plan.signature.inputs:
-        x = each.fetch(drawn[each.name])[0]
+        # A row, or of a file without time all rows as frames of one stream.
+        x = drawn[each.name].movedim(plan.axis(each.name), 0) if plan.stepwise else each.fetch(drawn[each.name])[0]
         ids = torch.arange(x.numel()).reshape(x.shape) % 2
         tensors.append(x if x.is_floating_point() else ids.to(x.dtype))
     return Stream(tuple(tensors))

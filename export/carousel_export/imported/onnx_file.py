@@ -8,25 +8,16 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from onnx import ModelProto, NodeProto, TensorProto, compose, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, compose, helper, numpy_helper
 from torch import Tensor
 
 from carousel_export.errors import ExampleError, ModelError, one_line
 from carousel_export.graph import MODEL, input_dims
 from carousel_export.imported.foreign import Declared, Plan, Scalar, Value
+from carousel_export.imported.nodes import DTYPES, ONNX_DTYPES, declare, from_first, repeated, to_first, transpose
 from carousel_export.signature import LENGTHS, Port
 
 _PREFIX = "imported/"
-_DTYPES: dict[int, torch.dtype] = {
-    TensorProto.FLOAT: torch.float32,
-    TensorProto.INT8: torch.int8,
-    TensorProto.INT16: torch.int16,
-    TensorProto.INT32: torch.int32,
-    TensorProto.INT64: torch.int64,
-    TensorProto.UINT8: torch.uint8,
-    TensorProto.BOOL: torch.bool,
-}
-_ONNX = {dtype: kind for kind, dtype in _DTYPES.items()}
 
 
 class OnnxFile:
@@ -61,39 +52,44 @@ class OnnxFile:
     def write(self, folder: Path, plan: Plan) -> tuple[str, ...]:
         """Write model.onnx: the file's own graph, between transpositions, casts and constants."""
         inner = compose.add_prefix(_undeclared(self._model), _PREFIX)
-        graph = inner.graph
-        signature = plan.signature
-        before = [_transpose(p.name, _PREFIX + p.name, _order(p, fetch=False)) for p in signature.inputs]
+        graph, signature = inner.graph, plan.signature
         weights = {tensor.name for tensor in graph.initializer}
         kept = [value for value in graph.input if value.name in weights]
         for name, constant in plan.constants.items():
             assert isinstance(constant, Tensor), "an ONNX file takes tensors"
             graph.initializer.append(numpy_helper.from_array(constant.numpy(), _PREFIX + name))
-        if plan.lengths is not None:
-            name, dtype = plan.lengths
-            before.append(helper.make_node("Cast", [LENGTHS], [_PREFIX + name], to=_ONNX[dtype]))
-        for state in signature.states:
-            axis, rank = plan.axis(state.input), len(state.shape) + 1
-            order = [*range(1, axis + 1), 0, *range(axis + 1, rank)]
-            before.append(_transpose(state.input, _PREFIX + state.input, order))
-        after = [_transpose(_PREFIX + port.name, port.name, _order(port, fetch=True)) for port in signature.outputs]
-        for state in signature.states:
-            axis, rank = plan.axis(state.output), len(state.shape) + 1
-            order = [axis, *(i for i in range(rank) if i != axis)]
-            after.append(_transpose(_PREFIX + state.output, state.output, order))
-        nodes = [*before, *graph.node, *after]
+        nodes = repeated(graph, plan, _PREFIX) if plan.stepwise else _between(graph, plan)
         del graph.node[:], graph.input[:], graph.output[:]
         graph.node.extend(nodes)
         kinds = {LENGTHS: torch.int32} | {port.name: port.dtype for port in (*signature.inputs, *signature.outputs)}
         kinds |= {name: state.dtype for state in signature.states for name in (state.input, state.output)}
         for name, dims in input_dims(signature, ahead=False).items():
-            graph.input.append(_info(name, kinds[name], dims))
+            graph.input.append(declare(name, kinds[name], dims))
         graph.input.extend(kept)
         for name, dims in _output_dims(plan).items():
-            graph.output.append(_info(name, kinds[name], dims))
+            graph.output.append(declare(name, kinds[name], dims))
         onnx.checker.check_model(inner)
         onnx.save(inner, folder / MODEL)
         return (MODEL,)
+
+
+def _between(graph: GraphProto, plan: Plan) -> list[NodeProto]:
+    """The graph's nodes, with what brings the contract's tensors into the file's axes and back."""
+    signature = plan.signature
+    before = [transpose(p.name, _PREFIX + p.name, _order(p, fetch=False)) for p in signature.inputs]
+    if plan.lengths is not None:
+        name, dtype = plan.lengths
+        before.append(helper.make_node("Cast", [LENGTHS], [_PREFIX + name], to=ONNX_DTYPES[dtype]))
+    before += [
+        transpose(s.input, _PREFIX + s.input, from_first(plan.axis(s.input), 1 + len(s.shape)))
+        for s in signature.states
+    ]
+    after = [transpose(_PREFIX + p.name, p.name, _order(p, fetch=True)) for p in signature.outputs]
+    after += [
+        transpose(_PREFIX + s.output, s.output, to_first(plan.axis(s.output), 1 + len(s.shape)))
+        for s in signature.states
+    ]
+    return [*before, *graph.node, *after]
 
 
 def _load(model: ModelProto) -> onnxruntime.InferenceSession:
@@ -120,7 +116,7 @@ def _undeclared(model: ModelProto) -> ModelProto:
 def _value(value: onnx.ValueInfoProto) -> Value:
     if not value.type.HasField("tensor_type"):
         raise ModelError(f"{value.name!r} is no tensor, and a bundle has nothing else")
-    dtype = _DTYPES.get(kind := value.type.tensor_type.elem_type)
+    dtype = DTYPES.get(kind := value.type.tensor_type.elem_type)
     if dtype is None:
         name = TensorProto.DataType.Name(kind).lower()
         raise ModelError(f"{value.name!r} is {name}; a bundle has float32, whole numbers and bool")
@@ -139,17 +135,6 @@ def _order(port: Port, *, fetch: bool) -> list[int]:
     axes = torch.empty([2 + i for i in range(len(port.dims))])
     moved = port.fetch(axes) if fetch else port.feed(axes)
     return [size - 2 for size in moved.shape]
-
-
-def _transpose(source: str, target: str, order: list[int]) -> NodeProto:
-    if order == sorted(order):
-        return helper.make_node("Identity", [source], [target])
-    return helper.make_node("Transpose", [source], [target], perm=order)
-
-
-def _info(name: str, dtype: torch.dtype, dims: Any) -> onnx.ValueInfoProto:
-    sizes = [int(dim) if dim.isdecimal() else dim for dim in dims]
-    return helper.make_tensor_value_info(name, _ONNX[dtype], sizes)
 
 
 def _output_dims(plan: Plan) -> dict[str, Any]:

@@ -32,7 +32,11 @@ def find_pairs(
         if not fits(known[name], by_name[output]):
             raise ExampleError(f"--state {name}={output}: {known[name]} and {by_name[output]} differ")
     pairs = dict(given)
-    rules: tuple[Callable[[Value], Hashable], ...] = (_stem, _bare, _place, lambda _: "any")
+    if given and not timed:
+        return pairs  # a file of one frame a call: an input may be like an output, so what is given is all
+    rules: list[Callable[[Value], Hashable]] = [_stem, _bare, _place]
+    if timed:
+        rules.append(lambda _: "any")
     for rule in rules:
         left = [v for v in inputs if v.name not in pairs and v.name not in timed and v.dtype is not None]
         free = [v for v in outputs if v.name not in pairs.values()]

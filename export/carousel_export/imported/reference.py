@@ -35,14 +35,21 @@ class FileReference:
         for piece in policy.pieces(sequence.frames, sequence.cuts):
             inputs = [x[piece.start : piece.start + piece.block].unsqueeze(0) for x in sequence.inputs]
             lengths = torch.tensor([piece.block], dtype=torch.int32)
-            results = self._run([*inputs, lengths, *states])
-            parts.append(results[: len(signature.outputs)])
-            states = results[len(signature.outputs) :]
+            for frames, count in self._calls(inputs, lengths):
+                results = self._run([*frames, count, *states])
+                parts.append(results[: len(signature.outputs)])
+                states = results[len(signature.outputs) :]
         outputs = [
             torch.cat(column, 1)[0] if port.timed else column[-1][0]
             for port, column in zip(signature.outputs, zip(*parts, strict=True), strict=True)
         ]
         return Answer(tuple(outputs), tuple(state[0] for state in states))
+
+    def _calls(self, inputs: Sequence[Tensor], lengths: Tensor) -> list[tuple[list[Tensor], Tensor]]:
+        """A piece as the file takes it: at once, or frame by frame."""
+        if not self._plan.stepwise:
+            return [(list(inputs), lengths)]
+        return [([x[:, i : i + 1] for x in inputs], torch.ones_like(lengths)) for i in range(int(lengths))]
 
     def find_policies(self, draw: Draw) -> Findings:
         """Causal where any cut of a stream is answered as the whole; else carry and full, or full alone."""
@@ -62,6 +69,8 @@ class FileReference:
 
     def _is_ragged(self, draw: Draw) -> bool:
         """Whether a row beside a longer one is answered as alone: only a file that takes lengths can."""
+        if self._plan.stepwise:
+            return True  # each row's states stop at its own end; the gate tries it
         if self._plan.lengths is None:
             return False
         lengths = (_FRAMES, 9)

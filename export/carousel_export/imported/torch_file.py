@@ -83,6 +83,11 @@ class TorchFile:
 
     def write(self, folder: Path, plan: Plan) -> tuple[str, ...]:
         """Write model.pt: the file's own module behind a forward by the contract."""
+        if plan.stepwise:
+            raise GraphError(
+                f"{self.path.name} takes one frame a call, which a trace cannot repeat for any number; import "
+                "its ONNX, or script a forward with a loop over time"
+            )
         try:
             with quiet(), torch.no_grad():
                 traced = torch.jit.trace(  # type: ignore[no-untyped-call]
