@@ -15,6 +15,7 @@ import carousel_client as cc
 import carousel_export as cx
 from carousel_protos.v1 import manifest_pb2 as pb
 from carousel_server.config import ServerConfig
+from carousel_server.errors import LoadError
 from carousel_server.serve import serving
 from carousel_server.verify import replay
 
@@ -138,9 +139,9 @@ async def test_torchscript_file(tmp_path: Path) -> None:
     np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5)
     assert all(case.ok for case in replay(bundle.path, runtime="torchscript"))
     config = ServerConfig(models=tmp_path / "models", listen="127.0.0.1:0", drain_timeout_s=0.2)
-    async with serving(config) as server:
-        (entry,) = server.engine.catalogue.entries("paired")
-        assert entry.reason == "paired has TorchScript and no ONNX; serve it with --runtime torchscript"
+    with pytest.raises(LoadError, match="paired has TorchScript and no ONNX; serve it with --runtime torchscript"):
+        async with serving(config):
+            pass
 
 
 async def test_states_of_any_shape_and_dtype(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import torch
 from tests.support.models import Speaker, Tagger, carried, looked_ahead, make, whole
 
 import carousel_client as cc
+from carousel_protos import Bundle, newest_version
 from carousel_server.config import ServerConfig
+from carousel_server.engine.runtime import RunError, load_runtimes
 from carousel_server.serve import Server
 
 RUNTIMES = [
@@ -64,17 +66,19 @@ async def test_both_runtimes_answer_as_eager_does(server: Server, runtime: str) 
     np.testing.assert_allclose(batch[1, :6], whole(tagger, x.flip(0)[:6]), rtol=0, atol=1e-5)
 
 
-@pytest.mark.settings(runtime="torchscript")
-async def test_a_token_outside_the_vocabulary_fails_alone(server: Server) -> None:
-    """An id beyond the embedding is refused as the client's mistake, and its state has not moved."""
-    speaker, tokens = make(Speaker), np.array([1, 2, 3])
-    async with cc.aio.connect(f"127.0.0.1:{server.port}") as client, client.session("speaker") as session:
-        first = await session.send(tokens)
-        with pytest.raises(cc.InvalidArgument, match="index out of range"):
-            await session.send(np.array([4, 99]))
-        second = await session.send(tokens)
-    wanted = whole(speaker, torch.tensor([1, 2, 3, 1, 2, 3]))
-    np.testing.assert_allclose(np.concatenate([first, second]), wanted, rtol=0, atol=1e-5)
+def test_values_that_the_model_refuses_are_told_from_faults(models: Path) -> None:
+    """An id beyond the embedding is the input's fault, in torch's own words; a tensor of another dtype is not."""
+    bundle = Bundle.open(newest_version(models / "speaker"))
+    runtime = load_runtimes(bundle, device="cpu", threads=1, kind="torchscript")["model.onnx"]
+    states = {name: np.zeros((1, 1, 9), np.float32) for name in ("lstm.h_0", "lstm.c_0")}
+    feeds = {"tokens": np.array([[4, 99]]), "lengths": np.array([2], np.int32), **states}
+    with pytest.raises(RunError, match="index out of range") as refused:
+        runtime.run(feeds)
+    assert refused.value.rejected
+    with pytest.raises(RunError) as failed:
+        runtime.run({**feeds, "tokens": np.zeros((1, 2), np.float32)})
+    assert not failed.value.rejected
+    assert "\n" not in str(failed.value)
 
 
 LOADED = """
