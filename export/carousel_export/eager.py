@@ -122,7 +122,8 @@ class Eager:
         except ExportError:
             raise
         except Exception as error:
-            shapes = ", ".join(f"{x.dtype} {list(x.shape)}" for x in inputs)
+            tensors = [x for x in pytree.tree_leaves(list(inputs)) if isinstance(x, Tensor)]
+            shapes = ", ".join(f"{x.dtype} {list(x.shape)}" for x in tensors)
             raise ExampleError(
                 f"{self.name} fails on inputs {shapes}: {one_line(error)}; give an example that it runs on, and write "
                 "its forward for any number of frames"

@@ -292,6 +292,30 @@ def test_one_cell_in_both_directions() -> None:
     agree(model, rolled, (9, 3, 4))
 
 
+class Continued(nn.Module):
+    """A loop that goes on from the state that it is passed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(4, 5)
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        answers = []
+        for frame in x.unbind(1):
+            state = self.cell(frame, state)
+            answers.append(state[0])
+        return torch.stack(answers, 1), state
+
+
+def test_a_state_that_is_passed_in() -> None:
+    """A state among the model's arguments is the layer's first, and the last one is returned."""
+    model = Continued()
+    rolled = reroll(Eager(model), (X, (torch.randn(2, 5), torch.randn(2, 5))))
+    given = torch.randn(3, 9, 4), (torch.randn(3, 5), torch.randn(3, 5))
+    with torch.no_grad():
+        torch.testing.assert_close(rolled.module(*given), model(*given), rtol=1e-5, atol=1e-6)
+
+
 def test_two_loops_of_one_cell() -> None:
     """A cell that loops twice is a layer that is called twice, with a state of its own in each call."""
 

@@ -78,6 +78,11 @@ class Program:
         return self
 
 
+def tensors_of(arguments: Sequence[Any]) -> list[Tensor]:
+    """The tensors among a model's arguments, in order."""
+    return [leaf for leaf in pytree.tree_leaves(list(arguments)) if isinstance(leaf, Tensor)]
+
+
 class Rolled(nn.Module):
     """A model whose loops over cells have become recurrent layers; its modules stand where the user's model has them.
 
@@ -90,8 +95,9 @@ class Rolled(nn.Module):
         self._program = program
         self._axes = dict(axes)
 
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, *arguments: Any) -> Any:
         """The model's own result."""
+        inputs = tensors_of(arguments)
         sizes = {name: inputs[i].shape[axis] for name, (i, axis) in self._axes.items()}
         results: list[list[Any]] = []
 

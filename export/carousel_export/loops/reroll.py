@@ -22,7 +22,7 @@ from carousel_export.errors import ModelError, one_line
 from carousel_export.given import Axes
 from carousel_export.loops.fuse import fuse, pairs, prune
 from carousel_export.loops.layers import Cell, alike, layer_of, layer_of_both
-from carousel_export.loops.program import Program, Rolled, Size, fit, generalise
+from carousel_export.loops.program import Program, Rolled, Size, fit, generalise, tensors_of
 from carousel_export.loops.roll import Roller
 from carousel_export.loops.trace import trace
 from carousel_export.signature import BATCH, TIME
@@ -65,8 +65,11 @@ class Rerolled:
     axes: Mapping[str, tuple[int, int]]
 
 
-def reroll(eager: Eager, example: Sequence[Tensor]) -> Rerolled:
-    """The model with its loops over cells as layers. Raises `ModelError`, naming the cell, where that cannot be."""
+def reroll(eager: Eager, example: Sequence[Any]) -> Rerolled:
+    """The model with its loops over cells as layers, from an example of its arguments.
+
+    Raises `ModelError`, naming the cell, where that cannot be.
+    """
     roles = _find_axes(eager, example)
     programs, found, sizes = [], [], []
     # No other axis has these sizes.
@@ -141,8 +144,8 @@ def _next_pair(
     return None
 
 
-def _find_axes(eager: Eager, example: Sequence[Tensor]) -> dict[str, Axes]:
-    """Each input's axis that is batch and that is time: growing them grows the cells' rows, and their calls."""
+def _find_axes(eager: Eager, example: Sequence[Any]) -> dict[str, Axes]:
+    """Each tensor's axis that is batch and that is time: growing them grows the cells' rows, and their calls."""
     first = _cell_calls(eager, example)
     if first is None:
         eager.run(example)
@@ -151,10 +154,11 @@ def _find_axes(eager: Eager, example: Sequence[Tensor]) -> dict[str, Axes]:
     if not any(counts.values()):
         raise ModelError(f"{eager.name} did not call any of its cells ({', '.join(eager.cells)})")
     found: dict[str, Axes] = {}
-    for axes in candidates(example):
-        size = next(x.shape[axis] for x, axis in zip(example, axes, strict=True) if axis is not None)
-        grown = [x if axis is None else grow(x, axis, size + 1) for x, axis in zip(example, axes, strict=True)]
-        if (calls := _cell_calls(eager, grown)) is None:
+    tensors = tensors_of(example)
+    for axes in candidates(tensors):
+        size = next(x.shape[axis] for x, axis in zip(tensors, axes, strict=True) if axis is not None)
+        grown = [x if axis is None else grow(x, axis, size + 1) for x, axis in zip(tensors, axes, strict=True)]
+        if (calls := _cell_calls(eager, _filled(example, grown))) is None:
             continue
         now, now_rows = calls
         if now_rows == rows and all(now[path] * size == counts[path] * (size + 1) for path in counts):
@@ -171,7 +175,14 @@ def _find_axes(eager: Eager, example: Sequence[Tensor]) -> dict[str, Axes]:
     return found
 
 
-def _cell_calls(eager: Eager, inputs: Sequence[Tensor]) -> tuple[dict[str, int], dict[str, int]] | None:
+def _filled(example: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
+    """The arguments with other tensors."""
+    given = iter(tensors)
+    filled: list[Any] = pytree.tree_map_only(Tensor, lambda _: next(given), list(example))
+    return filled
+
+
+def _cell_calls(eager: Eager, inputs: Sequence[Any]) -> tuple[dict[str, int], dict[str, int]] | None:
     """How often each cell is called, and with how many rows; None where the model does not run on such inputs."""
     counts = dict.fromkeys(eager.cells, 0)
     rows: dict[str, int] = {}
@@ -192,11 +203,11 @@ def _cell_calls(eager: Eager, inputs: Sequence[Tensor]) -> tuple[dict[str, int],
             handle.remove()
 
 
-def _draw(example: Sequence[Tensor], roles: Mapping[str, Axes], sizes: Mapping[str, int]) -> list[Tensor]:
-    """Inputs like the example at these sizes, no frame like another."""
+def _draw(example: Sequence[Any], roles: Mapping[str, Axes], sizes: Mapping[str, int]) -> list[Any]:
+    """Arguments like the example at these sizes, no frame like another."""
     generator = torch.Generator().manual_seed(sizes[BATCH] * sizes[TIME])
     drawn = []
-    for i, x in enumerate(example):
+    for i, x in enumerate(tensors_of(example)):
         shape = list(x.shape)
         for role, size in sizes.items():
             if (axis := roles[role][i]) is not None:
@@ -206,15 +217,15 @@ def _draw(example: Sequence[Tensor], roles: Mapping[str, Axes], sizes: Mapping[s
             drawn.append(torch.randn(shape, generator=generator) * (spread if spread > 0 else 1.0))
         else:
             drawn.append(torch.randint(int(x.min()), int(x.max()) + 1, shape, generator=generator).to(x.dtype))
-    return drawn
+    return _filled(example, drawn)
 
 
-def _run(module: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor] | None:
+def _run(module: nn.Module, inputs: Sequence[Any]) -> list[Tensor] | None:
     try:
         with torch.no_grad():
             return pytree.tree_leaves(module(*inputs))
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        log.debug("the layers fail on %s: %s", [list(x.shape) for x in inputs], one_line(error))
+        log.debug("the layers fail on %s: %s", [list(x.shape) for x in tensors_of(inputs)], one_line(error))
         return None
 
 

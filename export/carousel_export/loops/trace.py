@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from carousel_export.errors import ModelError
+from carousel_export.loops.program import tensors_of
 
 # A call's target: a torch function, or a module's path.
 Target = Callable[..., Any] | str
@@ -61,20 +62,19 @@ class Value:
 class Trace:
     """A run: `cells` has the calls of each cell by its path, in order; `outputs` is the model's result."""
 
-    inputs: tuple[Tensor, ...]
     cells: dict[str, list[Call]]
     outputs: Any
 
 
-def trace(model: nn.Module, cells: Sequence[str], inputs: Sequence[Tensor]) -> Trace:
+def trace(model: nn.Module, cells: Sequence[str], arguments: Sequence[Any]) -> Trace:
     """Run the model, and note the calls of torch functions and of modules without cells; raises what forward raises."""
     recorder = _Recorder(model, cells)
-    for i, x in enumerate(inputs):
+    for i, x in enumerate(tensors_of(arguments)):
         recorder.note(Call(None, path=i), x)
     with torch.no_grad(), recorder.watching(model, cells):
-        outputs = model(*inputs)
+        outputs = model(*arguments)
     tree = pytree.tree_map(lambda leaf: recorder.value(leaf) if isinstance(leaf, Tensor) else leaf, outputs)
-    return Trace(tuple(inputs), recorder.cells, tree)
+    return Trace(recorder.cells, tree)
 
 
 def reaches(calls: Iterable[Call], wanted: Callable[[Call], bool]) -> bool:

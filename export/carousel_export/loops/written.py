@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from carousel_export.eager import Eager, Handler
-from carousel_export.loops.program import Size
+from carousel_export.loops.program import Size, tensors_of
 from carousel_export.loops.reroll import Loop, Rerolled, reroll
 from carousel_export.recurrent import States, as_hx, as_states, find_recurrent
 from carousel_export.signature import TIME
@@ -60,7 +60,7 @@ class Written:
         written. Recurrent layers beside the loops are answered by `handler`.
         """
         i, axis = self._rerolled.axes[TIME]
-        frames = inputs[i].shape[axis]
+        frames = tensors_of(inputs)[i].shape[axis]
         places = self._places(frames)
         ended: dict[str, dict[int, States]] = {}
         counts: Counter[str] = Counter()
@@ -71,15 +71,18 @@ class Written:
             counts[path] += 1
             if loop is None:
                 return type(cell).forward(cell, *args, **kwargs)
-            if step == 0 and not plain and not (loop.reverse and block is not None):
+            anew = loop.reverse and block is not None
+            if step == 0 and not plain and not anew:
                 before = tuple(state[loop.row] for state in memory[loop.call])
                 args, kwargs = (args[0] if args else kwargs["input"], as_hx(before)), {}
             result = type(cell).forward(cell, *args, **kwargs)
-            states = as_states(result)
-            if loop.reverse and block is not None:
-                ended.setdefault(loop.call, {})[loop.row] = tuple(torch.zeros_like(state) for state in states)
-            elif step == (frames if block is None else block) - 1:
-                ended.setdefault(loop.call, {})[loop.row] = states
+            if anew and step == 0:
+                # Each block starts the backward row where the loop has it start, which is what it hands on.
+                hx = args[1] if len(args) > 1 else kwargs.get("hx")
+                zeros = tuple(torch.zeros_like(state) for state in as_states(result))
+                ended.setdefault(loop.call, {})[loop.row] = zeros if hx is None else as_states(hx)
+            elif not anew and step == (frames if block is None else block) - 1:
+                ended.setdefault(loop.call, {})[loop.row] = as_states(result)
             return result
 
         for path, cell in self.eager.cells.items():
