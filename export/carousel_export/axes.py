@@ -47,7 +47,7 @@ def find_signature(
     follows neither, or for an example that the model does not run on; `ModelError`, naming the layer, where a recurrent
     layer does not run over the model's own time.
     """
-    names = _input_names(eager, example, input_names)
+    names = input_names_of(eager, example, input_names)
     _check_example(names, example)
     tree = eager.run_tree(example)
     base = _run(eager, example)
@@ -92,9 +92,11 @@ def find_signature(
             for (name, named), y, fed in zip(outputs.items(), base.outputs, fed_outputs, strict=True)
         ),
         states=tuple(
-            State.of(call.name, kind.letter, kind.rows, kind.size)
+            State.of(call.name, kind.letter, kind.rows, kind.size, initial=initial)
             for call in base.calls
-            for kind in states_of(call.module)
+            for kind, initial in zip(
+                states_of(call.module), eager.calling.starts.get(call.name, itertools.repeat(None)), strict=False
+            )
         ),
         bidirectional=any("reverse" in sides_of(call.module) for call in base.calls),
     )
@@ -108,11 +110,11 @@ def grow(x: Tensor, axis: int, size: int) -> Tensor:
 def _run(eager: Eager, inputs: Sequence[Tensor]) -> _Run | None:
     calls: list[_Call] = []
 
-    def watch(name: str, module: Layer, x: Tensor) -> tuple[Tensor, States]:
+    def watch(name: str, module: Layer, x: Tensor, hx: States | None) -> tuple[Tensor, States]:
         time, batch = (0, None) if x.dim() == 2 else (1, 0) if module.batch_first else (0, 1)
         sizes = {TIME: x.shape[time], **({} if batch is None else {BATCH: x.shape[batch]})}
         calls.append(_Call(name, module, sizes))
-        return plain(name, module, x)
+        return plain(name, module, x, hx)
 
     outputs = eager.try_run(inputs, watch)
     return None if outputs is None else _Run(tuple(calls), outputs)
@@ -279,7 +281,7 @@ def _dims(x: Tensor, named: Mapping[int, str]) -> Dims:
     return tuple(named.get(axis, str(size)) for axis, size in enumerate(x.shape))
 
 
-def _input_names(eager: Eager, example: tuple[Tensor, ...], given: Sequence[str] | None) -> tuple[str, ...]:
+def input_names_of(eager: Eager, example: Sequence[object], given: Sequence[str] | None) -> tuple[str, ...]:
     if given is None:
         parameters = inspect.signature(eager.kind.forward).parameters.values()
         plain_names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][1:]

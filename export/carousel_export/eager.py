@@ -5,29 +5,32 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import replace
 from math import isqrt
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
-from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from carousel_export.calling import Calling, Seen, Trace, draws, find_calling, find_dropped
 from carousel_export.crf import return_tensors
 from carousel_export.errors import ExampleError, ExportError, ModelError, one_line
 from carousel_export.fold import copy_module, fold
+from carousel_export.packing import Packed, Packing, repack, unpack
 from carousel_export.recurrent import Layer, States, as_hx, as_states, find_cells, find_recurrent, kind_of
 
 log = logging.getLogger(__name__)
 
-# Answers a recurrent call in the module's stead: (call name, module, input) → y and the states at its end.
-Handler = Callable[[str, Layer, Tensor], tuple[Tensor, States]]
+# Answers a recurrent call in the module's stead: (call name, module, input, the model's own states or None) → y and the
+# states at its end.
+Handler = Callable[[str, Layer, Tensor, States | None], tuple[Tensor, States]]
 
 
-def plain(_call: str, module: Layer, x: Tensor) -> tuple[Tensor, States]:
-    """The handler that leaves a recurrent call as it is: it starts at zero."""
-    return run_layer(module, x, None)
+def plain(_call: str, module: Layer, x: Tensor, hx: States | None) -> tuple[Tensor, States]:
+    """The handler that leaves a recurrent call as it is."""
+    return run_layer(module, x, hx)
 
 
 def run_layer(module: Layer, x: Tensor, states: States | None) -> tuple[Tensor, States]:
@@ -81,6 +84,7 @@ class Eager:
         # Cells are in loops; `without_loops` makes layers of them, and then `written` is the model with the loops.
         self.cells = find_cells(self.module)
         self.written: Loops | None = None
+        self.calling = Calling()
         for path, layer in self.recurrent.items():
             if layer.dropout:
                 log.info("%s: dropout=%g is inactive, as in evaluation mode", path or self.name, layer.dropout)
@@ -96,29 +100,66 @@ class Eager:
         free = (n for n in itertools.count(least) if n not in taken and all(n % k for k in range(2, isqrt(n) + 1)))
         return list(itertools.islice(free, count))
 
-    def run(self, inputs: Sequence[Tensor], handler: Handler = plain) -> list[Tensor]:
+    def find_calling(self, arguments: Sequence[Any], names: Sequence[str]) -> tuple[Tensor, ...]:
+        """Find out how the model is called, from an example of its arguments; returns those that are inputs.
+
+        Raises what `calling.find_calling` raises, and `ExampleError` where the model fails on the example.
+        """
+        first, second = draws(arguments)
+        found = find_calling(arguments, names, first, [self._trace(first), self._trace(second)])
+        self.calling = found
+        places = found.layout or range(len(arguments))
+        return tuple(argument for argument, place in zip(arguments, places, strict=True) if isinstance(place, int))
+
+    def restore_calling(self, calling: Calling, inputs: Sequence[Tensor]) -> None:
+        """Take up what a bundle says of how the model is called; `inputs` are any that it runs on."""
+        self.calling = calling
+        self.calling = replace(calling, dropped=find_dropped(calling, self._trace(inputs)))
+
+    def _trace(self, inputs: Sequence[Any]) -> Trace:
+        calls: list[Seen] = []
+
+        def watch(call: str, module: Layer, x: Tensor, hx: States | None) -> tuple[Tensor, States]:
+            y, ended = run_layer(module, x, hx)
+            calls.append(Seen(call, hx, ended))
+            return y, ended
+
+        packing = Packing()
+        results = pytree.tree_leaves(self.run_tree(inputs, watch, packing))
+        return Trace(tuple(calls), tuple(packing.given), tuple(results))
+
+    def run(self, inputs: Sequence[Tensor], handler: Handler = plain, lengths: Tensor | None = None) -> list[Tensor]:
         """The model's outputs, flattened, with every recurrent call answered by `handler`.
 
-        Raises `ExampleError` where the model fails on the inputs.
+        `lengths` `[batch]` are those of the rows, whole ones where it is absent. Raises `ExampleError` where the model
+        fails on the inputs.
         """
-        return pytree.tree_leaves(self.run_tree(inputs, handler))
+        return pytree.tree_leaves(self.run_tree(inputs, handler, Packing(lengths)))
 
-    def run_tree(self, inputs: Sequence[Tensor], handler: Handler = plain) -> Any:
+    def run_tree(self, inputs: Sequence[Any], handler: Handler = plain, packing: Packing | None = None) -> Any:
         """The model's outputs as it returns them; else as `run`."""
         counts: Counter[str] = Counter()
+        packing = packing or Packing()
 
-        def answer(path: str, module: Layer, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | States]:
+        def answer(
+            path: str,
+            module: Layer,
+            input: Tensor | Packed,  # noqa: A002 - torch's name
+            hx: Tensor | States | None = None,
+        ) -> tuple[Tensor | Packed, Tensor | States]:
             call = call_name(path, module, counts[path])
             counts[path] += 1
-            y, ended = handler(call, module, _argument(call, *args, **kwargs))
-            return y, as_hx(ended)
+            # A state that is passed in stands for the session's, whatever its value.
+            start = None if hx is None or call in self.calling.passed else as_states(hx)
+            y, ended = handler(call, module, unpack(module, input), start)
+            return repack(module, input, y), as_hx(ended)
 
         for path, module in self.recurrent.items():
             # An instance's own `forward` comes before its class's, and hooks of the caller's still run around it.
             module.__dict__["forward"] = functools.partial(answer, path, module)
         try:
-            with torch.no_grad():
-                return self.module(*inputs)
+            with torch.no_grad(), packing:
+                return self.calling.results(self.module(*self.calling.arguments(inputs, packing.lengths)))
         except ExportError:
             raise
         except Exception as error:
@@ -144,18 +185,6 @@ def call_name(path: str, module: Layer, count: int) -> str:
     """What a module's call is called in a bundle: its path, and from the second call on which call it is."""
     name = path or kind_of(module).name.lower()
     return f"{name}.call{count}" if count else name
-
-
-def _argument(call: str, input: Tensor | PackedSequence, hx: Tensor | States | None = None) -> Tensor:  # noqa: A002 - torch's name
-    if isinstance(input, PackedSequence):
-        raise ModelError(
-            f"{call} is given a packed sequence; give it the padded tensor, the exported graph takes lengths"
-        )
-    if hx is not None and any(bool(state.any()) for state in as_states(hx)):
-        raise ModelError(
-            f"{call} is given its own initial state, and it is not zero; leave it out, a session starts from any state"
-        )
-    return input
 
 
 def _check_weights(module: nn.Module) -> None:

@@ -167,12 +167,13 @@ def _is_ragged(reference: Reference, draw: Draw) -> bool:
     batches = signature.arrange({port.name: port.feed(torch.stack(column)) for port, column in columns})
     ragged = RaggedTime(torch.tensor(lengths), rows, frames)
 
-    def by_row(_call: str, module: Layer, x: Tensor) -> tuple[Tensor, States]:
+    def by_row(_call: str, module: Layer, x: Tensor, hx: States | None) -> tuple[Tensor, States]:
         batch, time = (0, 1) if module.batch_first else (1, 0)
         answers = []
         with ragged.suspended():
             for row, length in enumerate(lengths):
-                y, states = run_layer(module, x.narrow(batch, row, 1).narrow(time, 0, length), None)
+                start = hx and tuple(state.narrow(1, row, 1).contiguous() for state in hx)
+                y, states = run_layer(module, x.narrow(batch, row, 1).narrow(time, 0, length), start)
                 gap = list(y.shape)
                 gap[time] = x.shape[time] - length
                 answers.append((torch.cat([y, y.new_zeros(gap)], time), states))
@@ -181,7 +182,7 @@ def _is_ragged(reference: Reference, draw: Draw) -> bool:
             )
 
     with decoding_in_graph(eager.module), ragged:
-        together = eager.run(batches, by_row)
+        together = eager.run(batches, by_row, torch.tensor(lengths))
     for port, y, *wanted in zip(signature.outputs, together, *alone, strict=True):
         for row, (value, length) in enumerate(zip(wanted, lengths, strict=True)):
             got = port.fetch(y)[row]

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from carousel_export.axes import find_signature
+from carousel_export.axes import find_signature, input_names_of
+from carousel_export.calling import as_tensors, restore
 from carousel_export.draw import Draw, example_samples, given_streams
 from carousel_export.eager import Eager, call_name
 from carousel_export.errors import ExampleError, ExportError
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 
 def export(
     model: nn.Module,
-    example_inputs: Tensor | Sequence[Tensor],
+    example_inputs: Tensor | Sequence[Any],
     *,
     name: str,
     out: str | Path = "models",
@@ -62,7 +63,9 @@ def export(
     tensor or one for each argument of `forward`, in the layout that the model takes; batch and time are found by
     experiment, unless `dims` gives the axes, such as `{"x": ("batch", "time", "80")}`. An argument without time is a
     context, given once a session and seen by every step; give it another size than time's where it has an axis of its
-    own, such as `{"memory": ("batch", "source", "64")}`. `policy` is the bundle's
+    own, such as `{"memory": ("batch", "source", "64")}`. An argument that reaches a recurrent layer as its state, such as
+    an `(h, c)`, is a state of the session, and lengths that the model packs with are those of the session's blocks:
+    neither is an input of the bundle, nor the state that the model returns an output. `policy` is the bundle's
     default: if absent, lookahead(8, 8) for a model with a backward direction and causal for any other. `labels` names
     the classes of an output's last dimension. `data` are sequences of the caller's, each one tensor `[time, …]` for
     each argument, and `[…]` for a context; the gate tries them beside drawn ones, and the look-ahead curve is theirs.
@@ -79,10 +82,13 @@ def export(
     writer = BundleWriter(out, name, version)
     variants = check_variants(variants)
     example = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    example = tuple(x.detach().cpu() if isinstance(x, Tensor) else _refuse(x) for x in example)
     with undisturbed():
-        eager = without_loops(Eager(model), example)
-        signature = find_signature(eager, example, input_names, output_names, dims)
+        given = [as_tensors(argument) for argument in example]
+        eager = without_loops(Eager(model), given)
+        names = input_names_of(eager, given, input_names)
+        example = eager.find_calling(given, names)
+        inputs = [name for name in names if name in (eager.calling.described or names)]
+        signature = find_signature(eager, example, inputs, output_names, dims)
         named_labels = _labels(signature, labels)
         linked = find_links(signature, links or {}, Path(out))
         reference = Reference(eager, signature)
@@ -105,7 +111,7 @@ def export(
             proof = prove(runtimes, reference, draw, policies, ragged=findings.ragged, variants=tried)
             write_golden(writer.path / GOLDEN, reference, draw, policies)
             figures = measure(eager, signature, example)
-            manifest = _manifest(figures, signature, default, policies)
+            manifest = _manifest(eager, figures, signature, default, policies)
             for port, size in zip(manifest.inputs, find_vocabularies(eager, signature, example), strict=True):
                 port.vocabulary = size
             manifest.name, manifest.version = name, writer.version
@@ -133,10 +139,13 @@ def parity(bundle: Bundle, model: nn.Module) -> dict[str, Any]:
         manifest = bundle.manifest
         signature = Signature.from_manifest(manifest)
         samples = read_samples(bundle.file(GOLDEN), signature)
-        eager = without_loops(Eager(model), _as_example(signature, max(samples, key=lambda sample: sample.frames)))
+        sample = _as_example(signature, max(samples, key=lambda sample: sample.frames))
+        eager = without_loops(Eager(model), sample)
         paths = {state.call.partition(".call")[0] for state in signature.states}
         if missing := paths - {call_name(path, module, 0) for path, module in eager.recurrent.items()}:
             raise ExportError(f"{eager.name} has no layer {min(missing)!r}; give the model that {bundle.path} is of")
+        given = restore(manifest.arguments, (*signature.inputs, *signature.contexts), signature.states)
+        eager.restore_calling(given, sample)
         draw = Draw(signature, samples)
         policies = [from_message(policy) for policy in manifest.policies]
         return prove(runtimes_of(bundle.path), Reference(eager, signature), draw, policies, ragged=manifest.ragged)
@@ -146,10 +155,6 @@ def _as_example(signature: Signature, sample: Stream) -> list[Tensor]:
     ports = (*signature.inputs, *signature.contexts)
     pairs = zip(ports, (*sample.inputs, *sample.contexts), strict=True)
     return signature.arrange({port.name: port.give(x) for port, x in pairs})
-
-
-def _refuse(value: object) -> Tensor:
-    raise ExampleError(f"example_inputs has a {type(value).__name__} in it; give a tensor for each argument of forward")
 
 
 def _labels(signature: Signature, labels: Mapping[str, Sequence[str]] | Sequence[str] | None) -> dict[str, list[str]]:
@@ -167,8 +172,12 @@ def _labels(signature: Signature, labels: Mapping[str, Sequence[str]] | Sequence
     return {name: list(values) for name, values in named.items()}
 
 
-def _manifest(figures: Figures, signature: Signature, default: Policy, policies: Sequence[Policy]) -> pb.Manifest:
-    manifest = describe(signature, policies, default, ragged=signature.ragged)
+def _manifest(
+    eager: Eager, figures: Figures, signature: Signature, default: Policy, policies: Sequence[Policy]
+) -> pb.Manifest:
+    manifest = describe(
+        signature, policies, default, ragged=signature.ragged, arguments=eager.calling.described or signature.arguments
+    )
     manifest.layers.extend(figures.layers)
     manifest.parameters = figures.parameters
     manifest.trainable_parameters = figures.trainable

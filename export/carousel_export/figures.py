@@ -34,10 +34,10 @@ def measure(eager: Eager, signature: Signature, example: Sequence[Tensor]) -> Fi
     recurrent: Counter[str] = Counter()
     counter = FlopCounterMode(display=False)
 
-    def count(call: str, module: Layer, x: Tensor) -> tuple[Tensor, States]:
+    def count(call: str, module: Layer, x: Tensor, hx: States | None) -> tuple[Tensor, States]:
         # Which kernels a layer runs on is the host's affair: what it took is replaced by what its weights say.
         before = counter.get_total_flops()
-        answer = run_layer(module, x, None)
+        answer = run_layer(module, x, hx)
         weights = sum(each.numel() for name, each in module.named_parameters() if name.startswith("weight"))
         steps = x.numel() // x.shape[-1]
         recurrent[call] += 2 * weights * steps - (counter.get_total_flops() - before)

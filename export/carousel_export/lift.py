@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from carousel_export.calling import Calling
 from carousel_export.crf import decode_in_graph
 from carousel_export.eager import Eager, call_name
+from carousel_export.packing import Packed, Packing, repack, unpack
 from carousel_export.ragged import RaggedTime
 from carousel_export.recurrent import LAYERS, States, as_hx, directions_of, kind_of, places_of, sides_of, weights_of
 from carousel_export.signature import Signature
@@ -27,6 +29,8 @@ class Frame:
     lengths: Tensor
     # By call name, each state [layers × directions, batch, size].
     states: dict[str, States]
+    # By call name, what backward directions start from where that is not zero, [layers × directions, 1, size].
+    starts: dict[str, States]
     # Set when there are frames ahead: the block's frames, and the lengths of what follows them.
     split: int | None = None
     lengths_ahead: Tensor | None = None
@@ -34,6 +38,13 @@ class Frame:
     ragged: RaggedTime | None = None
     ended: dict[str, States] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def joined_lengths(self) -> Tensor:
+        """Where each row's last frame ends when both parts stand one after the other."""
+        if self.split is None or self.lengths_ahead is None:
+            return self.lengths
+        return torch.where(self.lengths_ahead > 0, self.split + self.lengths_ahead, self.lengths)
 
 
 class Slot:
@@ -56,17 +67,22 @@ class LiftedLayer(nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Nothing: the weights are constants of the graph."""
 
-    def forward(self, input: Tensor, hx: object = None) -> tuple[Tensor, Tensor | States]:  # noqa: A002, ARG002 - torch's
-        """As the module; `hx` was seen to be zero, and the session's states take its place."""
+    def forward(
+        self,
+        input: Tensor | Packed,  # noqa: A002 - torch's
+        hx: object = None,  # noqa: ARG002
+    ) -> tuple[Tensor | Packed, Tensor | States]:
+        """As the module; `hx` was seen not to depend on the input, and the session's states take its place."""
         frame = self.slot.frame
         assert frame is not None, "a lifted layer runs inside a lifted model"
         call = call_name(self.path, self, frame.counts[self.path])
         frame.counts[self.path] += 1
-        x = input.transpose(0, 1) if self.batch_first else input
+        x = unpack(self, input)
+        x = x.transpose(0, 1) if self.batch_first else x
         with frame.ragged.suspended() if frame.ragged else nullcontext():
             y, ended = self._whole(frame, call, x) if frame.split is None else self._ahead(frame, call, x)
         frame.ended[call] = ended
-        return (y.transpose(0, 1) if self.batch_first else y), as_hx(ended)
+        return repack(self, input, y.transpose(0, 1) if self.batch_first else y), as_hx(ended)
 
     def _whole(self, frame: Frame, call: str, x: Tensor) -> tuple[Tensor, States]:
         direction = "bidirectional" if self.bidirectional else sides_of(self)[0]
@@ -81,8 +97,8 @@ class LiftedLayer(nn.RNNBase):
     def _ahead(self, frame: Frame, call: str, x: Tensor) -> tuple[Tensor, States]:
         """Each direction in two segments, the state handed from one to the other (Zhang et al. 2016).
 
-        Forward: the block, whose end state is carried on, then the frames ahead. Backward: from zero at the end of the
-        frames ahead, which is what a row without any hands over, then the block.
+        Forward: the block, whose end state is carried on, then the frames ahead. Backward: from its start, mostly zero,
+        at the end of the frames ahead, then the block.
         """
         assert frame.lengths_ahead is not None, "a frame with a split has lengths ahead"
         block, ahead = x[: frame.split], x[frame.split :]
@@ -97,10 +113,15 @@ class LiftedLayer(nn.RNNBase):
                     y_ahead, _ = self.run_layer(layer, side, ahead, frame.lengths_ahead, states)
                     rows.append(states)
                 else:
-                    y_ahead, handed = self.run_layer(layer, side, ahead, frame.lengths_ahead, None)
+                    starts = tuple(s[row : row + 1].expand(1, x.shape[1], -1) for s in frame.starts.get(call, ()))
+                    y_ahead, handed = self.run_layer(layer, side, ahead, frame.lengths_ahead, starts or None)
+                    if starts:
+                        # A row without frames ahead hands on zero, which is right where all start from zero.
+                        some = (frame.lengths_ahead > 0).reshape(1, -1, 1)
+                        handed = tuple(torch.where(some, h, s) for h, s in zip(handed, starts, strict=True))
                     y, states = self.run_layer(layer, side, block, frame.lengths, handed)
-                    # The backward row is zero: each block starts it anew.
-                    rows.append(tuple(nn.functional.pad(s[:0], (0, 0, 0, 0, 0, 1)) for s in states))
+                    # Each block starts the backward row anew.
+                    rows.append(starts or tuple(nn.functional.pad(s[:0], (0, 0, 0, 0, 0, 1)) for s in states))
                 ys.append(y)
                 ys_ahead.append(y_ahead)
             block, ahead = torch.cat(ys, dim=2), torch.cat(ys_ahead, dim=2)
@@ -120,18 +141,20 @@ class LiftedModel(nn.Module):
     `forward` takes what `model.onnx` takes, `lookahead` what `lookahead.onnx` takes.
     """
 
-    def __init__(self, model: nn.Module, slot: Slot, signature: Signature) -> None:
+    def __init__(self, model: nn.Module, slot: Slot, signature: Signature, calling: Calling) -> None:
         super().__init__()
         self.model = model
         self.slot = slot
         self.signature = signature
+        self.calling = calling
+        self.starts = {call: tuple(s.unsqueeze(1) for s in states) for call, states in calling.starts.items()}
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         given = iter(tensors)
         inputs = [next(given) for _ in self.signature.inputs]
         lengths = next(given)
         contexts = [next(given) for _ in self.signature.contexts]
-        return self._run(inputs, contexts, Frame(lengths=lengths, states=self._states(list(given))))
+        return self._run(inputs, contexts, Frame(lengths, self._states(list(given)), self.starts))
 
     def lookahead(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         given = iter(tensors)
@@ -139,8 +162,9 @@ class LiftedModel(nn.Module):
         lengths, lengths_ahead = next(given), next(given)
         contexts = [next(given) for _ in self.signature.contexts]
         frame = Frame(
-            lengths=lengths,
-            states=self._states(list(given)),
+            lengths,
+            self._states(list(given)),
+            self.starts,
             split=pairs[0][0].shape[1],
             lengths_ahead=lengths_ahead,
         )
@@ -155,8 +179,10 @@ class LiftedModel(nn.Module):
         try:
             ports = zip((*signature.inputs, *signature.contexts), (*inputs, *contexts), strict=True)
             fed = signature.arrange({port.name: port.feed(x) for port, x in ports})
-            with frame.ragged or nullcontext():
-                outputs = pytree.tree_leaves(self.model(*fed))
+            with Packing(frame.lengths, frame.split, frame.lengths_ahead), frame.ragged or nullcontext():
+                outputs = pytree.tree_leaves(
+                    self.calling.results(self.model(*self.calling.arguments(fed, frame.joined_lengths)))
+                )
         finally:
             self.slot.frame = None
         results = [port.fetch(y) for port, y in zip(signature.outputs, outputs, strict=True)]
@@ -187,7 +213,7 @@ def lift(eager: Eager, signature: Signature, bind: Callable[[dict[str, LiftedLay
         layer.path, layer.slot = path, slot
         layers[path] = layer
     bind(layers)
-    return LiftedModel(holder["model"], slot, signature).eval()
+    return LiftedModel(holder["model"], slot, signature, eager.calling).eval()
 
 
 def bind_onnx(layers: dict[str, LiftedLayer]) -> None:

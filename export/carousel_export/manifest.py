@@ -19,17 +19,21 @@ def describe(
     default: Policy,
     *,
     ragged: bool,
+    arguments: Sequence[str] | None = None,
     model: str = MODEL,
     torchscript: str = TORCHSCRIPT,
 ) -> pb.Manifest:
-    """Tensors, states, policies, graphs and versions. `model`: the file of all policies but lookahead."""
+    """Tensors, states, policies, graphs and versions. `model`: the file of all policies but lookahead.
+
+    `arguments` are the eager model's, where they are more than its inputs and contexts.
+    """
     messages = [to_message(policy) for policy in policies]
     graphs = [(model, [m.kind for m in messages if m.kind != pb.POLICY_KIND_LOOKAHEAD])]
     graphs += [(LOOKAHEAD, [m.kind]) for m in messages if m.kind == pb.POLICY_KIND_LOOKAHEAD]
     manifest = pb.Manifest(
         inputs=[port.message() for port in signature.inputs],
         contexts=[port.message() for port in signature.contexts],
-        arguments=signature.arguments,
+        arguments=signature.arguments if arguments is None else arguments,
         outputs=[port.message() for port in signature.outputs],
         states=[state.message() for state in signature.states],
         lengths=LENGTHS,

@@ -22,8 +22,8 @@ from carousel_export.signature import Port, Signature
 class Stream:
     """One stream of frames: a tensor `[time, …]` for each input, the state it starts from, and the client's cuts.
 
-    `initial` has a tensor `[layers × directions, size]` for each state, in the signature's order; None: zero.
-    `contexts` has a tensor `[…]` for each context.
+    `initial` has a tensor `[layers × directions, size]` for each state, in the signature's order; None: as
+    the model starts. `contexts` has a tensor `[…]` for each context.
     """
 
     inputs: tuple[Tensor, ...]
@@ -80,8 +80,9 @@ class Reference:
     def run_pieces(
         self, sequence: Stream, pieces: Sequence[Piece], *, lookahead: bool = False, plain: bool = False
     ) -> Answer:
-        """The stream's answer over given pieces; `plain`: recurrent calls get no state at all, as offline."""
-        memory = self._memory(sequence)
+        """The stream's answer over given pieces; `plain`: recurrent calls start where the model starts them, as offline."""
+        start = self._memory(self.signature.start)
+        memory = self._memory(sequence.initial or self.signature.start)
         parts: list[list[Tensor]] = []
         for piece in pieces:
             end = piece.start + piece.block + piece.ahead
@@ -90,13 +91,15 @@ class Reference:
             pairs = zip(self.signature.contexts, sequence.contexts, strict=True)
             given |= {port.name: port.give(x) for port, x in pairs}
 
-            def answer(call: str, module: Layer, x: Tensor, piece: Piece = piece) -> tuple[Tensor, States]:
+            def answer(
+                call: str, module: Layer, x: Tensor, hx: States | None, piece: Piece = piece
+            ) -> tuple[Tensor, States]:
                 unbatched = x.dim() == 2
                 if lookahead:
-                    y, memory[call] = self._lookahead(module, x, memory[call], piece.block)
+                    y, memory[call] = self._lookahead(module, x, memory[call], piece.block, start[call])
                     return y, tuple(s.squeeze(1) if unbatched else s for s in memory[call])
                 states = tuple(s.squeeze(1) if unbatched else s for s in memory[call])
-                y, ended = run_layer(module, x, None if plain else states)
+                y, ended = run_layer(module, x, hx if plain else states)
                 memory[call] = tuple(s.unsqueeze(1) if unbatched else s for s in ended)
                 return y, ended
 
@@ -114,12 +117,10 @@ class Reference:
         ended = {call: iter(states) for call, states in memory.items()}
         return Answer(joined, tuple(next(ended[state.call]).squeeze(1) for state in self.signature.states))
 
-    def _memory(self, sequence: Stream) -> dict[str, States]:
+    def _memory(self, rows: Sequence[Tensor]) -> dict[str, States]:
         """By call, its states `[layers × directions, 1, size]`."""
-        states = self.signature.states
-        initial = sequence.initial or tuple(state.zeros() for state in states)
         memory: dict[str, States] = {}
-        for state, tensor in zip(states, initial, strict=True):
+        for state, tensor in zip(self.signature.states, rows, strict=True):
             memory[state.call] = (*memory.get(state.call, ()), tensor.unsqueeze(1))
         return memory
 
@@ -132,20 +133,21 @@ class Reference:
         taken = port.take(y)
         return taken[: piece.block] if port.timed else taken
 
-    def _lookahead(self, module: Layer, x: Tensor, states: States, block: int) -> tuple[Tensor, States]:
-        """A layer stack by the blueprint's words; the state it gives on has zeros for the backward directions."""
+    def _lookahead(self, module: Layer, x: Tensor, states: States, block: int, start: States) -> tuple[Tensor, States]:
+        """A layer stack by the blueprint's words; the state it gives on has `start` for the backward directions."""
         batched = x.unsqueeze(1) if x.dim() == 2 else x.transpose(0, 1) if module.batch_first else x
         sides = sides_of(module)
-        ended = tuple(torch.zeros_like(state) for state in states)
+        ended = tuple(state.clone() for state in start)
         for layer in range(module.num_layers):
             ys = []
             for place, side in enumerate(sides):
                 single = self._direction(module, layer, place)
-                if side == "reverse":
-                    # Backward from zero over the frames ahead, then the block: one run over all of them, reversed.
-                    ys.append(run_layer(single, batched.flip(0), None)[0].flip(0))
-                    continue
                 row = layer * len(sides) + place
+                if side == "reverse":
+                    # Backward from its start over the frames ahead, then the block: one run over them all, reversed.
+                    before = tuple(s[row : row + 1].contiguous() for s in start)
+                    ys.append(run_layer(single, batched.flip(0), before)[0].flip(0))
+                    continue
                 y, after = run_layer(single, batched[:block], tuple(s[row : row + 1].contiguous() for s in states))
                 for state, value in zip(ended, after, strict=True):
                     state[row] = value[0]

@@ -19,7 +19,7 @@ class _Row:
         self.stream = stream
         self.pieces = policy.pieces(stream.frames, stream.cuts)
         self.start = start
-        self.states = stream.initial or tuple(state.zeros() for state in signature.states)
+        self.states = stream.initial or signature.start
         self.parts: list[list[Tensor]] = []
 
     def piece(self, step: int) -> Piece | None:

@@ -1,7 +1,7 @@
 """What a model takes, returns and remembers, with every axis named."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -107,11 +107,13 @@ class State:
     # A session's row: [layers × directions, size] where a layer has it.
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
+    # What a session starts from, where that is not zero.
+    initial: Tensor | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, call: str, letter: str, *shape: int) -> "State":
+    def of(cls, call: str, letter: str, *shape: int, initial: Tensor | None = None) -> "State":
         """A layer's state by its letter: `lstm.h_0`, which becomes `lstm.h_n`."""
-        return cls(f"{call}.{letter}_0", f"{call}.{letter}_n", call, shape)
+        return cls(f"{call}.{letter}_0", f"{call}.{letter}_n", call, shape, initial=initial)
 
     @property
     def dims(self) -> Dims:
@@ -119,20 +121,28 @@ class State:
         return (BATCH, *map(str, self.shape))
 
     def zeros(self, *lead: int) -> Tensor:
-        """Where a sequence starts, `[*lead, *shape]`."""
+        """Zeros `[*lead, *shape]`."""
         return torch.zeros((*lead, *self.shape), dtype=self.dtype)
 
     def message(self) -> pb.StateSpec:
         """The state as the manifest has it."""
         return pb.StateSpec(
-            input=self.input, output=self.output, dtype=_DTYPES[self.dtype], dims=self.dims, layer=self.call
+            input=self.input,
+            output=self.output,
+            dtype=_DTYPES[self.dtype],
+            dims=self.dims,
+            layer=self.call,
+            # PyTorch's numbers are little-endian wherever it runs.
+            initial=b"" if self.initial is None else self.initial.numpy().tobytes(),
         )
 
     @classmethod
     def from_message(cls, message: pb.StateSpec) -> "State":
         """The state that a manifest has."""
-        shape = tuple(int(dim) for dim in message.dims[1:])
-        return cls(message.input, message.output, message.layer, shape, _FROM_MESSAGE[message.dtype])
+        shape, dtype = tuple(int(dim) for dim in message.dims[1:]), _FROM_MESSAGE[message.dtype]
+        values = bytearray(message.initial)
+        initial = torch.frombuffer(values, dtype=dtype).reshape(shape) if values else None
+        return cls(message.input, message.output, message.layer, shape, dtype, initial)
 
 
 @dataclass(frozen=True)
@@ -165,13 +175,14 @@ class Signature:
     @classmethod
     def from_manifest(cls, manifest: pb.Manifest) -> "Signature":
         """The signature that a bundle has."""
+        ports = {port.name for port in (*manifest.inputs, *manifest.contexts)}
         return cls(
             inputs=tuple(Port.from_message(port) for port in manifest.inputs),
             outputs=tuple(Port.from_message(port) for port in manifest.outputs),
             states=tuple(State.from_message(state) for state in manifest.states),
             bidirectional=any(layer.backward for layer in manifest.layers),
             contexts=tuple(Port.from_message(port) for port in manifest.contexts),
-            arguments=tuple(manifest.arguments),
+            arguments=tuple(name for name in manifest.arguments if name in ports),
             ragged=manifest.ragged,
         )
 
@@ -185,6 +196,11 @@ class Signature:
         """The named dimensions of the contexts, in which sessions may differ."""
         named = [dim for port in self.contexts for dim in port.dims if dim != BATCH and not dim.isdecimal()]
         return tuple(dict.fromkeys(named))
+
+    @property
+    def start(self) -> tuple[Tensor, ...]:
+        """What a session starts from: each state's row."""
+        return tuple(state.zeros() if state.initial is None else state.initial for state in self.states)
 
     def arrange(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         """Tensors by name in the order of the model's arguments."""

@@ -223,7 +223,9 @@ class Manifest(_message.Message):
 
     @_builtins.property
     def arguments(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The tensors that the eager model's `forward` takes, by their names here, in its order."""
+        """The tensors that the eager model's `forward` takes, by their names here, in its order: inputs and contexts, `lengths`,
+        and states, which may stand together in parentheses, as in "(lstm.h_0, lstm.c_0)".
+        """
 
     @_builtins.property
     def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___Link]:
@@ -366,12 +368,15 @@ class StateSpec(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     DIMS_FIELD_NUMBER: _builtins.int
     LAYER_FIELD_NUMBER: _builtins.int
+    INITIAL_FIELD_NUMBER: _builtins.int
     input: _builtins.str
     """Graph input and output names, such as "lstm.h_0" and "lstm.h_n"."""
     output: _builtins.str
     dtype: Global___DataType.ValueType
     layer: _builtins.str
     """The recurrent layer it belongs to (RecurrentLayer.name)."""
+    initial: _builtins.bytes
+    """What a session starts from: the values of one row, little-endian, row by row. Empty: zeros."""
     @_builtins.property
     def dims(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """"batch", then layers × directions, then the size."""
@@ -384,10 +389,11 @@ class StateSpec(_message.Message):
         dtype: Global___DataType.ValueType = ...,
         dims: _abc.Iterable[_builtins.str] | None = ...,
         layer: _builtins.str = ...,
+        initial: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dims", b"dims", "dtype", b"dtype", "input", b"input", "layer", b"layer", "output", b"output"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dims", b"dims", "dtype", b"dtype", "initial", b"initial", "input", b"input", "layer", b"layer", "output", b"output"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

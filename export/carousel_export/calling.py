@@ -1,0 +1,246 @@
+"""How a model is called: which of its arguments and results are its recurrent state, or lengths; found by experiment."""
+
+import ast
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from carousel_export.errors import ExampleError, ModelError
+from carousel_export.packing import Given
+from carousel_export.recurrent import States
+from carousel_export.signature import BATCH, LENGTHS, TIME, Port, State
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Where a model wants its rows' lengths: the axes of its first input that they follow, and the dtype."""
+
+    batch_axis: int
+    time_axis: int
+    dtype: torch.dtype = torch.int64
+
+
+@dataclass(frozen=True)
+class Calling:
+    """The forward of a model as a function of its inputs alone.
+
+    `layout` has its arguments: the index of an input, `Lengths`, or zeros in the place of a state, whose value no
+    recurrent layer sees; None: the inputs as they are. `described` says the same by names, and is the manifest's.
+    """
+
+    layout: tuple[Any, ...] | None = None
+    described: tuple[str, ...] = ()
+    # The recurrent calls whose state is an argument.
+    passed: frozenset[str] = frozenset()
+    # The results, flattened, that are nothing but the state of those calls.
+    dropped: frozenset[int] = frozenset()
+    # What other calls start from, [layers × directions, size] each, where that is not zero.
+    starts: Mapping[str, States] = field(default_factory=dict)
+
+    def arguments(self, inputs: Sequence[Tensor], lengths: Tensor | None) -> list[Any]:
+        """What forward is to be called with; without `lengths`, every row is whole."""
+        if self.layout is None:
+            return list(inputs)
+
+        def place(leaf: Any) -> Any:
+            if isinstance(leaf, Lengths):
+                first = inputs[0]
+                whole = torch.full((first.shape[leaf.batch_axis],), first.shape[leaf.time_axis])
+                return (whole if lengths is None else lengths).to(leaf.dtype)
+            return inputs[leaf] if isinstance(leaf, int) else leaf
+
+        return [pytree.tree_map(place, argument) for argument in self.layout]
+
+    def results(self, tree: Any) -> Any:
+        """Forward's results without the states."""
+        if not self.dropped:
+            return tree
+        leaves, spec = pytree.tree_flatten(tree)
+        marked = pytree.tree_unflatten([_DROP if i in self.dropped else leaf for i, leaf in enumerate(leaves)], spec)
+        kept = _prune(marked)
+        return kept[0] if isinstance(kept, tuple | list) and len(kept) == 1 else kept
+
+
+_DROP = object()
+
+
+def _prune(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        kept = {key: _prune(value) for key, value in tree.items()}
+        return {key: value for key, value in kept.items() if value is not _DROP} or _DROP
+    if isinstance(tree, tuple | list):
+        return tuple(value for value in map(_prune, tree) if value is not _DROP) or _DROP
+    return tree
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A recurrent call in an experiment: the state that it was given, if any, and that it returned."""
+
+    call: str
+    hx: States | None
+    ended: States
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One run in an experiment: recurrent calls, lengths that it packed with, and its flattened results."""
+
+    calls: tuple[Seen, ...]
+    packed: tuple[Given, ...]
+    results: tuple[object, ...]
+
+
+def as_tensors(argument: object) -> object:
+    """An argument of the example with a list of whole numbers, as lengths may be, as one tensor."""
+    if isinstance(argument, list | tuple) and argument and all(type(item) is int for item in argument):
+        return torch.tensor(argument)
+    return pytree.tree_map(lambda leaf: leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf, argument)
+
+
+def draws(arguments: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """The arguments with random floats, and once more with others, and with whole numbers in another order."""
+
+    def first(leaf: Any) -> Any:
+        return torch.rand_like(leaf) * 2 - 1 if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    def second(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.dim() > 1 and not leaf.is_floating_point():
+            return leaf.flip(list(range(leaf.dim())))
+        return first(leaf)
+
+    return pytree.tree_map(first, list(arguments)), pytree.tree_map(second, list(arguments))
+
+
+def find_calling(
+    arguments: Sequence[Any], names: Sequence[str], drawn: Sequence[Any], runs: Sequence[Trace]
+) -> Calling:
+    """What the arguments are, from runs on the two `draws` of them.
+
+    Raises `ExampleError` for an argument that is none of input, state and lengths; `ModelError`, naming the layer, for a
+    state that depends on the input.
+    """
+    known = {id(leaf): leaf for leaf in pytree.tree_leaves(drawn) if isinstance(leaf, Tensor)}
+    roles: dict[int, str] = {}
+    passed, starts = set(), {}
+    for seen, again in zip(runs[0].calls, runs[1].calls, strict=True):
+        if seen.hx is None:
+            continue
+        found = [next((key for key, leaf in known.items() if _equal(leaf, state)), None) for state in seen.hx]
+        if None not in found:
+            passed.add(seen.call)
+            roles |= {key: f"{seen.call}.{letter}_0" for key, letter in zip(found, "hc", strict=False) if key}
+        elif any(bool(state.any()) for state in (*seen.hx, *(again.hx or ()))):
+            starts[seen.call] = _constant(seen, again)
+    for key, leaf in known.items():
+        if not leaf.is_floating_point() and leaf.dim() == 1 and any(_equal(leaf, g.lengths) for g in runs[0].packed):
+            roles[key] = LENGTHS
+    placed = _places(arguments, names, drawn, roles)
+    if not roles:
+        return Calling(starts=starts)
+    inputs = [argument for argument, place in zip(arguments, placed, strict=True) if place is None]
+    zeros: dict[str, Any] = {roles[key]: torch.zeros_like(leaf) for key, leaf in known.items() if key in roles}
+    if LENGTHS in zeros:
+        zeros[LENGTHS] = _find_lengths(inputs[0], runs[0].packed[0], zeros[LENGTHS].dtype)
+    described = tuple(name if place is None else _text(place) for name, place in zip(names, placed, strict=True))
+    calling = Calling(_fill(placed, zeros), described, frozenset(passed), starts=starts)
+    return replace(calling, dropped=find_dropped(calling, runs[0]))
+
+
+def restore(described: Sequence[str], inputs: Sequence[Port], states: Sequence[State]) -> Calling:
+    """What a bundle says of its model's arguments; the results that are states are still to be found."""
+    starts: dict[str, States] = {}
+    for state in states:
+        if state.initial is not None:
+            starts[state.call] = (*starts.get(state.call, ()), state.initial)
+    names = {port.name for port in inputs}
+    if names.issuperset(described):
+        return Calling(starts=starts)
+    dims = inputs[0].eager_dims
+    places = [None if text in names else _parse(text) for text in described]
+    fill: dict[str, Any] = {state.input: torch.zeros(state.shape).unsqueeze(1) for state in states}
+    if LENGTHS in described:
+        fill[LENGTHS] = Lengths(dims.index(BATCH), dims.index(TIME))
+    used = {leaf for leaf in pytree.tree_leaves(places) if leaf is not None}
+    passed = frozenset(state.call for state in states if state.input in used)
+    return Calling(_fill(places, fill), tuple(described), passed, starts=starts)
+
+
+def find_dropped(calling: Calling, run: Trace) -> frozenset[int]:
+    """The results, by their place among all, that are the states which calls returned whose state is an argument."""
+    ended = [state for seen in run.calls if seen.call in calling.passed for state in seen.ended]
+    return frozenset(
+        i
+        for i, result in enumerate(run.results)
+        if isinstance(result, Tensor) and any(_equal(result, state) for state in ended)
+    )
+
+
+def _constant(seen: Seen, again: Seen) -> States:
+    rows = tuple(state.select(1, 0) if state.dim() == 3 else state for state in seen.hx or ())
+    same = again.hx is not None and all(
+        _equal(state, other) and (state.dim() == 2 or bool((state == state[:, :1]).all()))
+        for state, other in zip(seen.hx or (), again.hx, strict=True)
+    )
+    if not same:
+        raise ModelError(
+            f"{seen.call} starts from a state that forward makes of its input; take it as an argument of forward, so "
+            "that a session can be given it"
+        )
+    return tuple(row.clone() for row in rows)
+
+
+def _places(
+    arguments: Sequence[Any], names: Sequence[str], drawn: Sequence[Any], roles: Mapping[int, str]
+) -> list[Any]:
+    """For each argument None where it is an input, else the names of what stands there."""
+    places: list[Any] = []
+    for name, argument, value in zip(names, arguments, drawn, strict=True):
+        if isinstance(argument, Tensor) and id(value) not in roles:
+            places.append(None)
+            continue
+        leaves, spec = pytree.tree_flatten(value)
+        found = [roles.get(id(leaf)) for leaf in leaves]
+        if not leaves or None in found:
+            raise ExampleError(
+                f"example input {name!r} has a {type(argument).__name__} in it that is no state of a recurrent layer; "
+                "give a tensor for each argument of forward"
+            )
+        places.append(pytree.tree_unflatten(found, spec))
+    return places
+
+
+def _fill(places: Sequence[Any], values: Mapping[str, Any]) -> tuple[Any, ...]:
+    indices = iter(range(len(places)))
+    return tuple(
+        next(indices) if place is None else pytree.tree_map(lambda name: values[name], place) for place in places
+    )
+
+
+def _find_lengths(first: Tensor, packed: Given, dtype: torch.dtype) -> Lengths:
+    order = (0, 1) if packed.batch_first else (1, 0)
+    pairs = [order, *((b, t) for b in range(first.dim()) for t in range(first.dim()) if b != t)]
+    for batch, time in pairs:
+        if first.dim() > max(batch, time) and (first.shape[batch], first.shape[time]) == (packed.batch, packed.frames):
+            return Lengths(batch, time, dtype)
+    raise ExampleError(
+        f"the first input is {list(first.shape)}, and forward packs {packed.batch} rows of {packed.frames} frames; "
+        "pack the input's own batch and time"
+    )
+
+
+def _text(places: Any) -> str:
+    return re.sub(r"'([\w.]+)'", r"\1", repr(places))
+
+
+def _parse(text: str) -> Any:
+    return ast.literal_eval(re.sub(r"[\w.]+", lambda found: repr(found[0]), text))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.to(b.dtype), b)
