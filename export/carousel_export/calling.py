@@ -1,4 +1,4 @@
-"""How a model is called: which of its arguments and results are its recurrent state, or lengths; found by experiment."""
+"""How a model is called: which arguments and results are recurrent state, or lengths; found by experiment."""
 
 import ast
 import re
@@ -122,8 +122,8 @@ def find_calling(
 ) -> Calling:
     """What the arguments are, from runs on the two `draws` of them.
 
-    Raises `ExampleError` for an argument that is none of input, state and lengths; `ModelError`, naming the layer, for a
-    state that depends on the input.
+    Raises `ExampleError` for an argument that is none of input, state and lengths; `ModelError`, naming the layer, for
+    a state that depends on the input.
     """
     known = {id(leaf): leaf for leaf in pytree.tree_leaves(drawn) if isinstance(leaf, Tensor)}
     roles: dict[int, str] = {}

@@ -100,8 +100,10 @@ class Eager:
         free = (n for n in itertools.count(least) if n not in taken and all(n % k for k in range(2, isqrt(n) + 1)))
         return list(itertools.islice(free, count))
 
-    def find_calling(self, arguments: Sequence[Any], names: Sequence[str]) -> tuple[Tensor, ...]:
-        """Find out how the model is called, from an example of its arguments; returns those that are inputs.
+    def find_calling(
+        self, arguments: Sequence[Any], names: Sequence[str]
+    ) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
+        """Find out how the model is called, from an example of its arguments; returns those that are inputs, and names.
 
         Raises what `calling.find_calling` raises, and `ExampleError` where the model fails on the example.
         """
@@ -109,7 +111,8 @@ class Eager:
         found = find_calling(arguments, names, first, [self._trace(first), self._trace(second)])
         self.calling = found
         places = found.layout or range(len(arguments))
-        return tuple(argument for argument, place in zip(arguments, places, strict=True) if isinstance(place, int))
+        inputs = [i for i, place in enumerate(places) if isinstance(place, int)]
+        return tuple(arguments[i] for i in inputs), tuple(names[i] for i in inputs)
 
     def restore_calling(self, calling: Calling, inputs: Sequence[Tensor]) -> None:
         """Take up what a bundle says of how the model is called; `inputs` are any that it runs on."""

@@ -63,8 +63,8 @@ def export(
     tensor or one for each argument of `forward`, in the layout that the model takes; batch and time are found by
     experiment, unless `dims` gives the axes, such as `{"x": ("batch", "time", "80")}`. An argument without time is a
     context, given once a session and seen by every step; give it another size than time's where it has an axis of its
-    own, such as `{"memory": ("batch", "source", "64")}`. An argument that reaches a recurrent layer as its state, such as
-    an `(h, c)`, is a state of the session, and lengths that the model packs with are those of the session's blocks:
+    own, such as `{"memory": ("batch", "source", "64")}`. An argument that reaches a recurrent layer as its state, such
+    as an `(h, c)`, is a state of the session, and lengths that the model packs with are those of the session's blocks:
     neither is an input of the bundle, nor the state that the model returns an output. `policy` is the bundle's
     default: if absent, lookahead(8, 8) for a model with a backward direction and causal for any other. `labels` names
     the classes of an output's last dimension. `data` are sequences of the caller's, each one tensor `[time, …]` for
@@ -86,9 +86,8 @@ def export(
         given = [as_tensors(argument) for argument in example]
         eager = without_loops(Eager(model), given)
         names = input_names_of(eager, given, input_names)
-        example = eager.find_calling(given, names)
-        inputs = [name for name in names if name in (eager.calling.described or names)]
-        signature = find_signature(eager, example, inputs, output_names, dims)
+        example, names = eager.find_calling(given, names)
+        signature = find_signature(eager, example, names, output_names, dims)
         named_labels = _labels(signature, labels)
         linked = find_links(signature, links or {}, Path(out))
         reference = Reference(eager, signature)

@@ -80,7 +80,7 @@ class Reference:
     def run_pieces(
         self, sequence: Stream, pieces: Sequence[Piece], *, lookahead: bool = False, plain: bool = False
     ) -> Answer:
-        """The stream's answer over given pieces; `plain`: recurrent calls start where the model starts them, as offline."""
+        """The stream's answer over given pieces; `plain`: recurrent calls start where the model has them start."""
         start = self._memory(self.signature.start)
         memory = self._memory(sequence.initial or self.signature.start)
         parts: list[list[Tensor]] = []

@@ -153,7 +153,7 @@ class Open(_message.Message):
 
     @_builtins.property
     def initial_state(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]:
-        """State tensors by the manifest's state input name, each [layers × directions, size]; those absent start at zero."""
+        """State tensors by the manifest's state input name, each [layers × directions, size]; those absent start as the model does."""
 
     @_builtins.property
     def context(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]:

@@ -8,34 +8,37 @@ from numpy.typing import NDArray
 from carousel_server.engine.spec import Array, State
 from carousel_server.errors import TooManySessionsError
 
-ZERO_ROW = 0
+START_ROW = 0
 
 
 class Arena:
-    """`rows` state rows and the row of zeros. Rows that were never used take address space and no memory."""
+    """`rows` state rows, and the row that every sequence starts from. Rows never used take no memory."""
 
     def __init__(self, states: Sequence[State], rows: int) -> None:
         self._arrays = [np.zeros((rows + 1, *state.row), state.dtype) for state in states]
+        for array, state in zip(self._arrays, states, strict=True):
+            array[START_ROW] = 0 if state.initial is None else state.initial
         self._unused = rows
         self._free: list[int] = []
-        self._next = ZERO_ROW + 1
+        self._next = START_ROW + 1
 
     def take(self) -> int:
-        """A row of zeros of one's own. Raises `TooManySessionsError` where none is left."""
+        """A row of one's own, as every sequence starts. Raises `TooManySessionsError` where none is left."""
         if self._free:
             slot = self._free.pop()
-            for array in self._arrays:
-                array[slot] = 0
-            return slot
-        if self._next == self._unused + 1:
+        elif self._next == self._unused + 1:
             raise TooManySessionsError(
                 f"all {self._unused} sessions are in use; close some, or try later", retry_after_s=1.0
             )
-        self._next += 1
-        return self._next - 1
+        else:
+            slot = self._next
+            self._next += 1
+        for array in self._arrays:
+            array[slot] = array[START_ROW]
+        return slot
 
     def give_back(self, slot: int) -> None:
-        assert slot != ZERO_ROW
+        assert slot != START_ROW
         self._free.append(slot)
 
     def gather(self, slots: NDArray[np.intp]) -> list[Array]:
@@ -43,10 +46,10 @@ class Arena:
         return [array[slots] for array in self._arrays]
 
     def scatter(self, slots: NDArray[np.intp], rows: Sequence[Array]) -> None:
-        """Write rows back; those of the row of zeros are dropped."""
+        """Write rows back; those of the row to start from are dropped."""
         if not slots.all():
-            rows = [row[slots != ZERO_ROW] for row in rows]
-            slots = slots[slots != ZERO_ROW]
+            rows = [row[slots != START_ROW] for row in rows]
+            slots = slots[slots != START_ROW]
         for array, row in zip(self._arrays, rows, strict=True):
             array[slots] = row
 
@@ -54,6 +57,6 @@ class Arena:
         return [array[slot].copy() for array in self._arrays]
 
     def write(self, slot: int, rows: Sequence[Array]) -> None:
-        assert slot != ZERO_ROW
+        assert slot != START_ROW
         for array, row in zip(self._arrays, rows, strict=True):
             array[slot] = row

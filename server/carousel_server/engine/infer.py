@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carousel_server.config import Limits
-from carousel_server.engine.arena import ZERO_ROW
+from carousel_server.engine.arena import START_ROW
 from carousel_server.engine.context import Context, read_contexts
 from carousel_server.engine.frames import Piece
 from carousel_server.engine.spec import Array, ModelSpec, Port
@@ -16,7 +16,7 @@ from carousel_server.errors import CarouselError, QueueFullError, TensorError, T
 
 
 class InferRow:
-    """One row: a sequence that is run at once from a zero state."""
+    """One row: a sequence that is run at once from its start."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class InferRow:
     ) -> None:
         self.graph = graph
         self.context = context
-        self.slot = ZERO_ROW
+        self.slot = START_ROW
         self.queued = False
         self.rollback: list[Array] | None = None
         self._inputs = inputs

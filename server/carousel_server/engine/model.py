@@ -82,9 +82,8 @@ class Model:
             )
         slot = self._arena.take()
         if initial_state:
-            zeros = self._arena.read(slot)
-            rows = zip(self.spec.states, zeros, strict=True)
-            self._arena.write(slot, [initial_state.get(state.input, zero) for state, zero in rows])
+            rows = zip(self.spec.states, self._arena.read(slot), strict=True)
+            self._arena.write(slot, [initial_state.get(state.input, start) for state, start in rows])
         self.open_sessions += 1
         self._context_bytes += given.bytes
         return Session(

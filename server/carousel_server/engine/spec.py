@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from carousel_protos.v1.manifest_pb2 import DataType, Manifest, TensorSpec
+from carousel_protos.v1.manifest_pb2 import DataType, Manifest, StateSpec, TensorSpec
 from carousel_server.errors import TensorError, TooLargeError
 
 Array = NDArray[Any]
@@ -107,6 +107,14 @@ class State:
     output: str
     dtype: np.dtype[Any]
     row: tuple[int, ...]
+    # What a session starts from, where that is not zero.
+    initial: Array | None = field(default=None, compare=False)
+
+    @classmethod
+    def read(cls, spec: StateSpec) -> "State":
+        dtype, row = numpy_dtype(spec.dtype), tuple(int(dim) for dim in spec.dims[1:])
+        initial = np.frombuffer(spec.initial, dtype).reshape(row) if spec.initial else None
+        return cls(spec.input, spec.output, dtype, row, initial)
 
 
 @dataclass(frozen=True)
@@ -123,10 +131,7 @@ class ModelSpec:
         return cls(
             tuple(Port.read(spec) for spec in manifest.inputs),
             tuple(Port.read(spec) for spec in manifest.outputs),
-            tuple(
-                State(spec.input, spec.output, numpy_dtype(spec.dtype), tuple(int(dim) for dim in spec.dims[1:]))
-                for spec in manifest.states
-            ),
+            tuple(State.read(spec) for spec in manifest.states),
             manifest.lengths,
             manifest.ragged,
             tuple(Port.read(spec) for spec in manifest.contexts),

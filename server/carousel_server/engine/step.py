@@ -12,7 +12,7 @@ from carousel_server.errors import CarouselError
 class Runnable(Protocol):
     """Something with blocks to run, one at a time: a session, or a row of an Infer request."""
 
-    # Its row in the arena; 0 is the row of zeros, which is read and never written.
+    # Its row in the arena; 0 is the row to start from, which is read and never written.
     slot: int
     graph: str
     context: Context
