@@ -163,8 +163,10 @@ class RaggedTime(TorchFunctionMode):
         """`x` with `value` after each row's end."""
         valid = torch.arange(self.frames, device=x.device) < self.lengths.unsqueeze(1)
         if x.dtype == torch.bool:
-            value = bool(value)
-        elif not x.is_floating_point() and math.isinf(value):
+            # No runtime's masked_fill takes a bool.
+            beside = self._beside(x, time, valid)
+            return x | ~beside if value else x & beside
+        if not x.is_floating_point() and math.isinf(value):
             value = torch.iinfo(x.dtype).max if value > 0 else torch.iinfo(x.dtype).min
         return x.masked_fill(self._beside(x, time, ~valid), value)
 

@@ -27,13 +27,19 @@ def served(folder: Path, models: Mapping[str, nn.Module], example: Tensor, **opt
 
 
 def infer_together(client: cc.Client, model: str, rows: Sequence[Tensor]) -> list[dict[str, np.ndarray]]:
-    """Each row's answer from one request with all rows, padded with the last frame's values; one output is "output"."""
+    """Each row's answer from one request with all rows, padded with the last frame's values; one output is "output".
+
+    The batch travels in the model's own order of axes.
+    """
     longest = max(len(row) for row in rows)
     batch = torch.stack([torch.cat([row, row[-1:].expand(longest - len(row), *row.shape[1:])]) for row in rows])
-    answer = client.infer(model, batch.numpy(), lengths=[len(row) for row in rows])
+    manifest = client.model(model).manifest
+    turned = np.moveaxis(batch.numpy(), 0, list(manifest.inputs[0].eager_dims).index("batch"))
+    answer = client.infer(model, turned, lengths=[len(row) for row in rows])
     named = answer if isinstance(answer, dict) else {"output": answer}
-    timed = {port.name: "time" in port.dims for port in client.model(model).manifest.outputs}
-    timed |= {"output": next(iter(timed.values()))} if len(timed) == 1 else {}
+    ports = {(port.name if isinstance(answer, dict) else "output"): port for port in manifest.outputs}
+    named = {name: np.moveaxis(y, list(ports[name].eager_dims).index("batch"), 0) for name, y in named.items()}
+    timed = {name: "time" in port.dims for name, port in ports.items()}
     return [
         {name: values[i, : len(row)] if timed[name] else values[i] for name, values in named.items()}
         for i, row in enumerate(rows)

@@ -1,0 +1,30 @@
+"""`nn.RNN` with every argument of its constructor."""
+
+from collections.abc import Iterator
+
+import pytest
+from tests.parity.oracle import Net
+from tests.support.layers import check_layer, served_layers
+from torch import nn
+
+import carousel_client as cc
+
+NETS = {
+    "tanh": Net(nn.RNN, num_layers=3, bias=False),
+    "tanh-bidirectional": Net(nn.RNN, num_layers=2, bidirectional=True, batch_first=True),
+    "relu": Net(nn.RNN, nonlinearity="relu", batch_first=True),
+    "relu-bidirectional": Net(nn.RNN, nonlinearity="relu", num_layers=2, bidirectional=True, bias=False),
+}
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cc.Client]:
+    with served_layers(tmp_path_factory.mktemp("rnn"), NETS) as connected:
+        yield connected
+
+
+@pytest.mark.system("3", "nn.RNN: tanh and relu, layers, directions, bias, batch_first, non-zero h_0")
+@pytest.mark.parametrize("name", NETS)
+def test_rnn(client: cc.Client, name: str) -> None:
+    """Whatever its arguments, the served layer answers as the eager one, whole, block by block and with look-ahead."""
+    check_layer(client, name, NETS[name].eval())
