@@ -96,11 +96,19 @@ class Trace:
     results: tuple[object, ...]
 
 
-def as_tensors(argument: object) -> object:
-    """An argument of the example with a list of whole numbers, as lengths may be, as one tensor."""
+def as_tensors(argument: object) -> Any:
+    """An argument of the example, on the CPU; a list of whole numbers, as lengths may be, becomes a tensor.
+
+    Raises `ExampleError` for what is neither a tensor nor tensors in tuples, lists and dicts.
+    """
     if isinstance(argument, list | tuple) and argument and all(type(item) is int for item in argument):
         return torch.tensor(argument)
-    return pytree.tree_map(lambda leaf: leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf, argument)
+    for leaf in pytree.tree_leaves(argument):
+        if not isinstance(leaf, Tensor):
+            raise ExampleError(
+                f"example_inputs has a {type(leaf).__name__} in it; give a tensor for each argument of forward"
+            )
+    return pytree.tree_map(lambda leaf: leaf.detach().cpu(), argument)
 
 
 def draws(arguments: Sequence[Any]) -> tuple[list[Any], list[Any]]:
