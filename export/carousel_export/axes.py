@@ -48,7 +48,6 @@ def find_signature(
     layer does not run over the model's own time.
     """
     names = input_names_of(eager, example, input_names)
-    _check_example(names, example)
     tree = eager.run_tree(example)
     base = _run(eager, example)
     assert base is not None, "the example ran a moment ago"
@@ -309,7 +308,7 @@ def _output_names(tree: Any, given: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(given)
 
 
-def _check_example(names: Sequence[str], example: tuple[Tensor, ...]) -> None:
+def check_example(names: Sequence[str], example: tuple[Tensor, ...]) -> None:
     for name, x in zip(names, example, strict=True):
         if x.dtype not in SUPPORTED_DTYPES:
             way = "give it in float32: .float()" if x.is_floating_point() else "give float32, an integer type or bool"

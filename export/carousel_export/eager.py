@@ -155,7 +155,7 @@ class Eager:
             # A state that is passed in stands for the session's, whatever its value.
             start = None if hx is None or call in self.calling.passed else as_states(hx)
             y, ended = handler(call, module, unpack(module, input), start)
-            return repack(module, input, y), as_hx(ended)
+            return repack(module, call, input, y), as_hx(ended)
 
         for path, module in self.recurrent.items():
             # An instance's own `forward` comes before its class's, and hooks of the caller's still run around it.

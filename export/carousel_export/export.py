@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from carousel_export.axes import find_signature, input_names_of
+from carousel_export.axes import check_example, find_signature, input_names_of
 from carousel_export.calling import as_tensors, restore
 from carousel_export.draw import Draw, example_samples, given_streams
 from carousel_export.eager import Eager, call_name
@@ -86,6 +87,8 @@ def export(
         given = [as_tensors(argument) for argument in example]
         eager = without_loops(Eager(model), given)
         names = input_names_of(eager, given, input_names)
+        leaves = [(name, leaf) for name, each in zip(names, given, strict=True) for leaf in pytree.tree_leaves(each)]
+        check_example(*zip(*leaves, strict=True))
         example, names = eager.find_calling(given, names)
         signature = find_signature(eager, example, names, output_names, dims)
         named_labels = _labels(signature, labels)

@@ -82,7 +82,7 @@ class LiftedLayer(nn.RNNBase):
         with frame.ragged.suspended() if frame.ragged else nullcontext():
             y, ended = self._whole(frame, call, x) if frame.split is None else self._ahead(frame, call, x)
         frame.ended[call] = ended
-        return repack(self, input, y.transpose(0, 1) if self.batch_first else y), as_hx(ended)
+        return repack(self, call, input, y.transpose(0, 1) if self.batch_first else y), as_hx(ended)
 
     def _whole(self, frame: Frame, call: str, x: Tensor) -> tuple[Tensor, States]:
         direction = "bidirectional" if self.bidirectional else sides_of(self)[0]

@@ -18,8 +18,9 @@ from carousel_export.errors import ModelError
 class Packed:
     """Stands for a `PackedSequence`: its frames padded, `[time, batch, …]`. Recurrent layers and padding take it."""
 
-    def __init__(self, padded: Tensor) -> None:
+    def __init__(self, padded: Tensor, of: str = "pack_padded_sequence") -> None:
         self.padded = padded
+        self._of = of
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):
@@ -33,7 +34,9 @@ class Packed:
         self._refuse()
 
     def _refuse(self) -> NoReturn:
-        raise ModelError("forward reads the data of a packed sequence; give it to pad_packed_sequence first")
+        raise ModelError(
+            f"forward reads the data of the packed sequence of {self._of}; give it to pad_packed_sequence first"
+        )
 
 
 def unpack(module: nn.RNNBase, given: Tensor | Packed) -> Tensor:
@@ -43,11 +46,11 @@ def unpack(module: nn.RNNBase, given: Tensor | Packed) -> Tensor:
     return given.padded.transpose(0, 1) if module.batch_first else given.padded
 
 
-def repack(module: nn.RNNBase, given: Tensor | Packed, y: Tensor) -> Tensor | Packed:
-    """The module's answer, packed where it was given something packed."""
+def repack(module: nn.RNNBase, call: str, given: Tensor | Packed, y: Tensor) -> Tensor | Packed:
+    """A call's answer, packed where it was given something packed."""
     if not isinstance(given, Packed):
         return y
-    return Packed(y.transpose(0, 1) if module.batch_first else y)
+    return Packed(y.transpose(0, 1) if module.batch_first else y, call)
 
 
 @dataclass(frozen=True)

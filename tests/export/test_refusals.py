@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import carousel_export as cx
 
@@ -68,12 +68,17 @@ def fading(inner: nn.Module, x: Tensor) -> Tensor:
 
 
 def with_state(inner: nn.Module, x: Tensor) -> Tensor:
-    ones = torch.ones(1, len(x), 4)
-    return inner(x, (ones, ones))[0]
+    first = x[:, 0, :4].unsqueeze(0)
+    return inner(x, (first, first))[0]
 
 
 def packed(inner: nn.Module, x: Tensor) -> Tensor:
     return inner(pack_padded_sequence(x, [x.shape[1]] * len(x), batch_first=True))[0].data
+
+
+def padded_to_fifty(inner: nn.Module, x: Tensor) -> Tensor:
+    y = inner(pack_padded_sequence(x, [x.shape[1]] * len(x), batch_first=True))[0]
+    return pad_packed_sequence(y, batch_first=True, total_length=50)[0]
 
 
 def over_features(inner: nn.Module, x: Tensor) -> Tensor:
@@ -92,8 +97,26 @@ REFUSED = {
     "not a module": ("model.pt", X, cx.ModelError, ["str", "torch.nn.Module"]),
     "float64": (Around(lstm()).double(), X.double(), cx.ModelError, ["inner.weight_ih_l0", "model.float()"]),
     "NaN weight": (Around(with_nan()), X, cx.ModelError, ["inner.weight_hh_l0", "not finite"]),
-    "own state": (Around(lstm(), with_state), X, cx.ModelError, ["inner", "initial state"]),
-    "packed": (Around(lstm(), packed), X, cx.ModelError, ["inner", "packed"]),
+    "own state": (Around(lstm(), with_state), X, cx.ModelError, ["inner", "makes of its input", "argument of forward"]),
+    "packed": (Around(lstm(), packed), X, cx.ModelError, ["inner", "packed", "pad_packed_sequence"]),
+    "padded, not packed": (
+        Around(lstm(), lambda m, x: pad_packed_sequence(m(x)[0], batch_first=True)[0]),
+        X,
+        cx.ModelError,
+        ["pad_packed_sequence", "pack it first"],
+    ),
+    "padded to a size of its own": (
+        Around(lstm(), padded_to_fifty),
+        X,
+        cx.ModelError,
+        ["total_length=50", "6 frames"],
+    ),
+    "a tuple that is no state": (
+        Around(lstm(), lambda m, x: m(x[0] + x[1])[0]),
+        ((X, X),),
+        cx.ExampleError,
+        ["'x'", "tuple", "no state"],
+    ),
     "called in a loop": (Around(lstm(), frame_by_frame), X, cx.ModelError, ["inner", "whole sequence"]),
     "over another axis": (Around(lstm(), over_features), X, cx.ExampleError, ["inner", "time"]),
     "batch of its own": (
