@@ -214,6 +214,12 @@ def _lost(eager: Eager, example: tuple[Tensor, ...], base: _Run, names: Sequence
                 f"{dict(next(call.sizes for call in base.calls if call.name == strayed[0]))}; "
                 "only layers that take one step a frame can be exported"
             )
+    if all(call.sizes[TIME] == 1 for call in base.calls):
+        return ExampleError(
+            f"{eager.name} takes one frame at a time: {base.calls[0].name} takes one step, and no more when an axis of "
+            f"the inputs ({', '.join(names)}) grows; write forward for any number of frames, and where attention asks "
+            "with the state before a step, ask with the layer's output after it"
+        )
     return ExampleError(
         f"no axis of the inputs ({', '.join(names)}) is time: growing none by one gives {base.calls[0].name} one more "
         "step and leaves its batch alone; name the axes with dims, and give the inputs a value for each frame"

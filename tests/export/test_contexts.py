@@ -117,3 +117,25 @@ def test_a_context_without_batch_is_refused(model: nn.Module, x: Tensor, words: 
     """A context that is not each row's own is refused, by the input that has no batch."""
     with pytest.raises(cx.ExampleError, match=words):
         find_signature(Eager(model), (x, torch.randn(4)))
+
+
+class Stepwise(nn.Module):
+    """One token `[batch, 1]`, whose attention asks with the state before it (Bahdanau et al. 2015)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(3 + 4, 4, batch_first=True)
+
+    def forward(self, x: Tensor, hidden: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        weights = (hidden.transpose(0, 1) @ memory.mT).softmax(-1)
+        return self.rnn(torch.cat([x, weights @ memory], dim=-1), hidden)
+
+
+def test_a_step_at_a_time_is_refused(tmp_path: Path) -> None:
+    """A decoder that can be run on one frame only is refused with what would make it run on more."""
+    inputs = (torch.randn(3, 1, 3), torch.randn(1, 3, 4), torch.randn(3, 5, 4))
+    with pytest.raises(
+        cx.ExampleError, match=r"Stepwise takes one frame at a time: rnn .* ask with the layer's output"
+    ):
+        cx.export(Stepwise(), inputs, name="net", out=tmp_path)
+    assert not list(tmp_path.iterdir())

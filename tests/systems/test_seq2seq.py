@@ -32,7 +32,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Target tokens `[batch, time]` that attend to the memory (Luong et al. 2015) → logits, and what was attended."""
+    """Target tokens `[batch, time]`, the state and the memory → logits, the state, and what was attended.
+
+    Luong et al. 2015: the layer's output asks.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,13 +44,11 @@ class Decoder(nn.Module):
         self.key = nn.Linear(2 * HIDDEN, HIDDEN, bias=False)
         self.out = nn.Linear(3 * HIDDEN, WORDS)
 
-    def attend(self, y: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, hidden: Tensor, memory: Tensor) -> dict[str, Tensor]:
+        y, hidden = self.rnn(self.embedding(tokens), hidden)
         weights = (y @ self.key(memory).mT).softmax(-1)
-        return self.out(torch.cat([y, weights @ memory], dim=-1)), weights
-
-    def forward(self, tokens: Tensor, memory: Tensor) -> dict[str, Tensor]:
-        logits, weights = self.attend(self.rnn(self.embedding(tokens))[0], memory)
-        return {"logits": logits, "attention": weights}
+        logits = self.out(torch.cat([y, weights @ memory], dim=-1))
+        return {"logits": logits, "hidden": hidden, "attention": weights}
 
 
 LINKS = {"memory": ("encoder", "memory"), "rnn.h_0": ("encoder", "hidden")}
@@ -61,12 +62,11 @@ def eager_greedy(source: Tensor) -> tuple[list[int], Tensor, Tensor]:
     state, token = start["hidden"], START
     tokens, logits, attention = [], [], []
     for _ in range(STEPS):
-        y, state = decoder.rnn(decoder.embedding(torch.tensor([[token]])), state)
-        step, weights = decoder.attend(y, start["memory"])
-        token = int(step.argmax())
+        step = decoder(torch.tensor([[token]]), state, start["memory"])
+        state, token = step["hidden"], int(step["logits"].argmax())
         tokens.append(token)
-        logits.append(step[0])
-        attention.append(weights[0])
+        logits.append(step["logits"][0])
+        attention.append(step["attention"][0])
     return tokens, torch.cat(logits), torch.cat(attention)
 
 
@@ -75,9 +75,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("seq2seq")
     torch.manual_seed(1)
     cx.export(make(Encoder), torch.randint(0, SOURCE_WORDS, (3, 6)), name="encoder", out=folder)
-    example = (torch.randint(0, WORDS, (3, 5)), torch.randn(3, 6, 2 * HIDDEN))
-    cx.export(make(Decoder), example, name="decoder", out=folder, links=LINKS)
+    cx.export(make(Decoder), decoder_example(), name="decoder", out=folder, links=LINKS)
     return folder
+
+
+def decoder_example() -> tuple[Tensor, ...]:
+    return torch.randint(0, WORDS, (3, 5)), torch.zeros(1, 3, HIDDEN), torch.randn(3, 6, 2 * HIDDEN)
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +133,10 @@ def test_teacher_forcing_in_a_batch(client: cc.Client) -> None:
     got = client.infer("decoder", {"tokens": tokens.numpy(), "memory": memory.numpy()}, lengths=[7, 2, 4])
     with torch.no_grad():
         for row, length in enumerate((7, 2, 4)):
-            wanted = make(Decoder)(tokens[row : row + 1, :length], memory[row : row + 1])
-            for name, value in wanted.items():
+            zero = torch.zeros(1, 1, HIDDEN)
+            wanted = make(Decoder)(tokens[row : row + 1, :length], zero, memory[row : row + 1])
+            for name in ("logits", "attention"):
+                value = wanted[name]
                 np.testing.assert_allclose(got[name][row, :length], value[0], rtol=0, atol=1e-5)
                 assert not got[name][row, length:].any()
 
@@ -145,7 +150,7 @@ async def test_the_asyncio_client(models: Path, client: cc.Client) -> None:
     ):
         got = await session.send([1, 2, 3], end=True)
     with torch.no_grad():
-        wanted = make(Decoder)(torch.tensor([[1, 2, 3]]), memory[None])["logits"][0]
+        wanted = make(Decoder)(torch.tensor([[1, 2, 3]]), torch.zeros(1, 1, HIDDEN), memory[None])["logits"][0]
     np.testing.assert_allclose(got["logits"], wanted, rtol=0, atol=1e-5)
 
 
@@ -206,9 +211,8 @@ def test_contexts_are_bounded(models: Path) -> None:
 )
 def test_links_that_do_not_fit(models: Path, links: dict[str, tuple[str, str]], words: list[str]) -> None:
     """A link to what is not there, or has another shape, is refused by its name."""
-    example = (torch.randint(0, WORDS, (3, 5)), torch.randn(3, 6, 2 * HIDDEN))
     with pytest.raises(cx.ExportError) as refused:
-        cx.export(make(Decoder), example, name="other", out=models, links=links)
+        cx.export(make(Decoder), decoder_example(), name="other", out=models, links=links)
     for word in words:
         assert word in str(refused.value)
     assert not (models / "other").exists()
