@@ -1,20 +1,18 @@
 """Which axes are batch and time, found by experiment: grow one, and see what the recurrent layers and outputs do."""
 
-import inspect
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from carousel_export.eager import Eager, plain
 from carousel_export.errors import ExampleError, ModelError
 from carousel_export.given import Axes, given_axes, given_sources
+from carousel_export.names import input_names_of, output_names_of
 from carousel_export.recurrent import Layer, States, sides_of, states_of
-from carousel_export.signature import BATCH, SOURCE, SUPPORTED_DTYPES, TIME, Dims, Port, Signature, State
+from carousel_export.signature import BATCH, SOURCE, TIME, Dims, Port, Signature, State
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def find_signature(
         _dims(x, {axis: role for role, axes in roles if (axis := axes[i]) is not None}) for i, x in enumerate(example)
     ]
     frames = next(x.shape[axis] for x, axis in zip(example, time_axes, strict=True) if axis is not None)
-    outputs = _output_dims(eager, example, base, roles, _output_names(tree, output_names))
+    outputs = _output_dims(eager, example, base, roles, output_names_of(tree, output_names))
     if batch_axes is None:
         whole = tuple(axis for axis in time_axes if axis is not None)
         fed_inputs, fed_outputs = _find_fed(eager, example, whole, eager_dims, outputs)
@@ -284,44 +282,3 @@ def _is_stack(together: Tensor, alone: Sequence[Tensor], axis: int) -> bool:
 
 def _dims(x: Tensor, named: Mapping[int, str]) -> Dims:
     return tuple(named.get(axis, str(size)) for axis, size in enumerate(x.shape))
-
-
-def input_names_of(eager: Eager, example: Sequence[object], given: Sequence[str] | None) -> tuple[str, ...]:
-    if given is None:
-        parameters = inspect.signature(eager.kind.forward).parameters.values()
-        plain_names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][1:]
-        unnamed = [f"input_{i}" for i in range(len(plain_names), len(example))]
-        given = [*plain_names, *unnamed][: len(example)]
-    if len(given) != len(example):
-        raise ExampleError(f"{len(given)} input names for {len(example)} example inputs; give one for each")
-    return tuple(given)
-
-
-def _output_names(tree: Any, given: Sequence[str] | None) -> tuple[str, ...]:
-    leaves = pytree.tree_flatten_with_path(tree)[0]
-    for path, leaf in leaves:
-        if not isinstance(leaf, Tensor):
-            where = "".join(str(key) for key in path) or "itself"
-            raise ModelError(f"the model's result {where} is of type {type(leaf).__name__}; return tensors only")
-        if leaf.dtype not in SUPPORTED_DTYPES:
-            raise ModelError(f"the model returns {leaf.dtype}; return float32, an integer type or bool")
-    if given is None:
-        keys = [getattr(path[-1], "key", getattr(path[-1], "name", None)) if path else None for path, _ in leaves]
-        single = len(leaves) == 1
-        given = [key if isinstance(key, str) else "output" if single else f"output_{i}" for i, key in enumerate(keys)]
-    if len(given) != len(leaves):
-        raise ExampleError(f"{len(given)} output names for {len(leaves)} outputs; give one for each")
-    return tuple(given)
-
-
-def check_example(names: Sequence[str], example: tuple[Tensor, ...]) -> None:
-    for name, x in zip(names, example, strict=True):
-        if x.dtype not in SUPPORTED_DTYPES:
-            way = "give it in float32: .float()" if x.is_floating_point() else "give float32, an integer type or bool"
-            raise ExampleError(f"example input {name!r} is {x.dtype}; {way}")
-        if x.dim() < 1 or not x.numel():
-            raise ExampleError(f"example input {name!r} has shape {list(x.shape)}; give one with at least one frame")
-        if not torch.isfinite(x).all():
-            raise ExampleError(
-                f"example input {name!r} has values that are not finite; give ones that the model will see"
-            )

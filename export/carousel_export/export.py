@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from carousel_export.axes import check_example, find_signature, input_names_of
+from carousel_export.axes import find_signature
 from carousel_export.calling import as_tensors, restore
 from carousel_export.draw import Draw, example_samples, given_streams
 from carousel_export.eager import Eager, call_name
@@ -24,6 +24,7 @@ from carousel_export.links import find_links
 from carousel_export.loops.written import without_loops
 from carousel_export.manifest import describe
 from carousel_export.measure import BOUND, measure_variants, start_variants
+from carousel_export.names import check_example, input_names_of
 from carousel_export.policies import Lookahead, Policy, from_message
 from carousel_export.quiet import undisturbed
 from carousel_export.reference import Reference, Stream
