@@ -46,6 +46,8 @@ class OnnxRuntime:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
             # A plan for each shape that comes by would never be used again.
             options.enable_mem_pattern = False
+            # It warns of each sum in float16 that it cannot fold, and computes it later.
+            options.log_severity_level = 3
             # onnxruntime 1.31 dies of a signal where this pass meets an LSTM in float16 on the CPU.
             disabled = ["NchwcTransformer"] if self._variant == "float16" else []
             path = str(self._folder / variant_file(file, self._variant))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from onnx import GraphProto, ModelProto
+from onnx import GraphProto, ModelProto, NodeProto
 from onnx_ir.passes.common import DeduplicateInitializersPass
 
 from carousel_export.errors import ExportError, GraphError, one_line
@@ -45,7 +45,8 @@ def write_variant(folder: Path, file: str, variant: str) -> str:
     model = onnx.load(folder / file)
     try:
         changed = _quantize(model) if variant == "int8" else _halve(model)
-        onnx.checker.check_model(changed)
+        # Shapes and types of all that lies between, which onnxruntime would refuse later and less plainly.
+        onnx.checker.check_model(changed, full_check=True)
         onnx.save(changed, folder / variant_file(file, variant))
     except Exception as error:  # the converters raise whatever they meet
         raise GraphError(
@@ -63,6 +64,8 @@ def write_variant(folder: Path, file: str, variant: str) -> str:
     kept = [f"{before[kind]} {kind}" for kind in _FLOAT_ONLY if before[kind]]
     if kept:
         said.append(f"{' and '.join(kept)} nodes stay float32, which onnxruntime does not quantise")
+    if before["Scan"] or before["Loop"]:
+        said.append("what a loop repeats stays float32")
     return "; ".join(said) or "matrix products quantised; there is no LSTM node"
 
 
@@ -86,7 +89,9 @@ def _halve(model: ModelProto) -> ModelProto:
     from onnxruntime.transformers.float16 import convert_float_to_float16  # noqa: PLC0415 -- as above
 
     sys.path[:] = path
-    changed = ir.from_proto(convert_float_to_float16(_copy(model), keep_io_types=True))
+    own = _copy(model)
+    _separate(own.graph, {value.name for value in (*own.graph.input, *own.graph.output)})
+    changed = ir.from_proto(convert_float_to_float16(own, keep_io_types=True))
     # The converter puts its casts last, and a node stands after those that it takes from.
     changed.graph.sort()
     written: ModelProto = ir.to_proto(changed)
@@ -115,14 +120,37 @@ def _unshare(graph: GraphProto) -> None:
             used.add(name)
 
 
+def _separate(graph: GraphProto, taken: set[str]) -> None:
+    """Rename what inner graphs call as the graph's own inputs or outputs: the converter takes the one for the other."""
+    for node in graph.node:
+        for inner in _graphs(node):
+            local = {value.name for value in inner.input} | {name for each in inner.node for name in each.output}
+            _rename(inner, {name: f"{name}.inner" for name in local & taken})
+            _separate(inner, taken)
+
+
+def _rename(graph: GraphProto, names: dict[str, str]) -> None:
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        value.name = names.get(value.name, value.name)
+    for node in graph.node:
+        for side in (node.input, node.output):
+            side[:] = [names.get(name, name) for name in side]
+        for inner in _graphs(node):
+            _rename(inner, names)
+
+
+def _graphs(node: NodeProto) -> list[GraphProto]:
+    """A loop's or a branch's body."""
+    return [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]
+
+
 def _count(graph: GraphProto) -> Counter[str]:
     """Nodes by operator, those of inner graphs too."""
     counts: Counter[str] = Counter()
     for node in graph.node:
         counts[node.op_type] += 1
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                counts += _count(attribute.g)
+        for inner in _graphs(node):
+            counts += _count(inner)
     return counts
 
 
@@ -133,9 +161,12 @@ def _muted() -> Iterator[None]:
     def wanted(record: logging.LogRecord) -> bool:
         return "pre-processing before quantization" not in record.getMessage()
 
-    root = logging.getLogger()
+    root, kept = logging.getLogger(), logging.NullHandler()
     root.addFilter(wanted)
+    # With no handler at all, its advice would put one on the root logger, for good.
+    root.addHandler(kept)
     try:
         yield
     finally:
+        root.removeHandler(kept)
         root.removeFilter(wanted)

@@ -154,3 +154,34 @@ def test_gru_stays_float32_in_int8(tmp_path: Path, caplog: pytest.LogCaptureFixt
             output_names=["y", "h"],
         )
     assert "1 GRU nodes stay float32, which onnxruntime does not quantise" in caplog.text
+
+
+class Projected(nn.Module):
+    """`proj_size`, which is a Scan in ONNX, whose inner graph has an `x` of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(5, 6, 2, proj_size=3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x)[0]
+
+
+class Gated(nn.Module):
+    """Two layers of bidirectional GRU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(5, 6, 2, bidirectional=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gru(x)[0]
+
+
+@pytest.mark.parametrize("model", [Projected(), Gated()], ids=["proj_size", "gru"])
+def test_float16_of_other_layers(tmp_path: Path, model: nn.Module) -> None:
+    """Layers without an LSTM node of their own have a float16 variant too, right under every policy on this host."""
+    bundle = cx.export(model.eval(), torch.randn(2, 3, 5), name="model", out=tmp_path, variants=["float16"])
+    replayed = [case for case in replay(bundle.path) if case.variant == "float16"]
+    assert {case.policy.partition("(")[0] for case in replayed} >= {"carry", "full"}
+    assert all(case.ok and case.tolerance < 5e-3 for case in replayed)
