@@ -139,7 +139,7 @@ def find_calling(
     for seen, again in zip(runs[0].calls, runs[1].calls, strict=True):
         if seen.hx is None:
             continue
-        found = [next((key for key, leaf in known.items() if _equal(leaf, state)), None) for state in seen.hx]
+        found = [next((key for key, leaf in known.items() if _is_state(leaf, state)), None) for state in seen.hx]
         if None not in found:
             passed.add(seen.call)
             roles |= {key: f"{seen.call}.{letter}_0" for key, letter in zip(found, "hc", strict=False) if key}
@@ -185,7 +185,7 @@ def find_dropped(calling: Calling, run: Trace) -> frozenset[int]:
     return frozenset(
         i
         for i, result in enumerate(run.results)
-        if isinstance(result, Tensor) and any(_equal(result, state) for state in ended)
+        if isinstance(result, Tensor) and any(_is_state(result, state) for state in ended)
     )
 
 
@@ -248,6 +248,11 @@ def _text(places: Any) -> str:
 
 def _parse(text: str) -> Any:
     return ast.literal_eval(re.sub(r"[\w.]+", lambda found: repr(found[0]), text))
+
+
+def _is_state(x: Tensor, state: Tensor) -> bool:
+    """Whether a tensor is a layer's state; a cell's has no axis for its one row of layers and directions."""
+    return _equal(x, state) or (len(state) == 1 and _equal(x, state.squeeze(0)))
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -103,6 +103,51 @@ def test_mixed_cells_stream(tmp_path: Path) -> None:
         np.testing.assert_allclose(answer["score"], each["score"][0], rtol=0, atol=1e-5)
 
 
+class Continued(nn.Module):
+    """A state and `[batch, time, 5]` → `[batch, time, 3]` and the state after it; a learned first state beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below = nn.GRUCell(5, 6)
+        self.start = nn.Parameter(torch.randn(6))
+        self.cell = nn.LSTMCell(6, 7)
+        self.linear = nn.Linear(7, 3)
+
+    def forward(self, state: tuple[Tensor, Tensor], x: Tensor, below: Tensor) -> tuple[Tensor, object, Tensor]:
+        answers = []
+        for frame in x.unbind(1):
+            below = self.below(frame, below)
+            state = self.cell(below, state)
+            answers.append(self.linear(state[0]))
+        return torch.stack(answers, 1), state, below
+
+
+class Learned(Continued):
+    """The same from a learned state."""
+
+    def forward(self, state: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, object, Tensor]:  # type: ignore[override]
+        return super().forward(state, x, self.start.expand(len(x), -1))
+
+
+@pytest.mark.system("4", "cells whose state is passed in and returned, and cells that start from a learned state")
+def test_cells_with_states_of_their_own(tmp_path: Path) -> None:
+    """A state that the loop is passed is the session's; a learned one is where a session starts."""
+    model = make(Learned)
+    example = (torch.randn(2, 7), torch.randn(2, 7)), torch.randn(2, 4, 5)
+    bundle = cx.export(model, example, name="continued", out=tmp_path, output_names=["y", "below"])
+    assert [port.name for port in bundle.manifest.inputs] == ["x"]
+    x = torch.randn(20, 5)
+    state, below, wanted = (torch.zeros(1, 7), torch.zeros(1, 7)), model.start[None], []
+    with torch.no_grad():
+        for part in x.split(6):
+            y, state, below = Continued.forward(model, state, part[None], below)
+            wanted.append(y[0])
+    with serving(tmp_path) as server, cc.connect(server.address) as client, client.session("continued") as session:
+        answers = [session.send(part) for part in cut(x.numpy(), 3, 1, 16)]
+    np.testing.assert_allclose(np.concatenate([a["y"] for a in answers]), torch.cat(wanted), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(answers[-1]["below"], below[0], rtol=0, atol=1e-5)
+
+
 class Looped(nn.Module):
     """One cell, its answers stacked."""
 

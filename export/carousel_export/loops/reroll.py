@@ -89,7 +89,12 @@ def reroll(eager: Eager, example: Sequence[Any]) -> Rerolled:
         both = any(other.chain.path == chain.path and other.reverse != layer.reverse for other in found[0].values())
         name = f"{chain.path}_backward" if both and layer.reverse else chain.path
         loops[step] = (Loop(chain.path, name, "", 0, layer.reverse, start, chain.stride),)
-    axes = {role: next((i, axis) for i, axis in enumerate(roles[role]) if axis is not None) for role in roles}
+    # Of a tensor that has both: a state that is passed in may stand for another batch's.
+    axes = next(
+        {TIME: (i, time), BATCH: (i, batch)}
+        for i, (time, batch) in enumerate(zip(roles[TIME], roles[BATCH], strict=True))
+        if time is not None and batch is not None
+    )
     rerolled = _assemble(eager, program, loops, axes)
     for batch, frames in _TRIALS:
         inputs = _draw(example, roles, {BATCH: batch, TIME: frames})

@@ -34,16 +34,18 @@ def without_loops(eager: Eager, example: Sequence[Tensor]) -> Eager:
     result.recurrent = find_recurrent(rerolled.module)
     names = {name for loop in rerolled.loops for old, name in loop.weights.items() if old in eager.trainable}
     result.trainable = eager.trainable | names
-    result.written = Written(eager, rerolled)
+    result.written = Written(eager, rerolled, result)
     return result
 
 
 class Written:
     """The model as its user wrote it, which can be asked from any state."""
 
-    def __init__(self, eager: Eager, rerolled: Rerolled) -> None:
+    def __init__(self, eager: Eager, rerolled: Rerolled, result: Eager) -> None:
+        """`eager` has the loops, `result` their layers, and what is found out of how the model is called."""
         self.eager = eager
         self._rerolled = rerolled
+        self._result = result
 
     def run(
         self,
@@ -57,10 +59,11 @@ class Written:
         """The outputs; `memory` has each layer's states `[rows, batch, size]` by call, and is given those at the end.
 
         `block`: of the frames, how many are not ahead, under lookahead; else None. `plain`: the loops start as they are
-        written. Recurrent layers beside the loops are answered by `handler`.
+        written, but for a state that is passed in. Recurrent layers beside the loops are answered by `handler`.
         """
+        self.eager.calling = self._result.calling
         i, axis = self._rerolled.axes[TIME]
-        frames = tensors_of(inputs)[i].shape[axis]
+        frames = tensors_of(self.eager.calling.arguments(inputs, None))[i].shape[axis]
         places = self._places(frames)
         ended: dict[str, dict[int, States]] = {}
         counts: Counter[str] = Counter()
@@ -72,7 +75,8 @@ class Written:
             if loop is None:
                 return type(cell).forward(cell, *args, **kwargs)
             anew = loop.reverse and block is not None
-            if step == 0 and not plain and not anew:
+            passed = loop.call in self.eager.calling.passed
+            if step == 0 and (passed or not plain) and not anew:
                 before = tuple(state[loop.row] for state in memory[loop.call])
                 args, kwargs = (args[0] if args else kwargs["input"], as_hx(before)), {}
             result = type(cell).forward(cell, *args, **kwargs)
