@@ -61,7 +61,8 @@ class Point:
 def lookahead_curve(runtime: Runtime, signature: Signature, draw: Draw, *, ragged: bool) -> list[dict[str, Any]]:
     """The report's curve: a few settings, on the caller's data, or on drawn streams."""
     streams = draw.given or tuple(draw.stream(_FRAMES) for _ in range(_STREAMS))
-    points = measure(runtime, signature, streams, _SETTINGS, ragged=ragged)
+    settings = [setting for setting in _SETTINGS if signature.fits(setting)]
+    points = measure(runtime, signature, streams, settings, ragged=ragged)
     return [point.json() for setting in points for point in setting]
 
 

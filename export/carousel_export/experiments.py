@@ -4,54 +4,98 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from carousel_export.crf import decoding_in_graph
+from carousel_export.culprits import Recorder, name_culprit, same
 from carousel_export.draw import Draw
-from carousel_export.eager import run_layer
+from carousel_export.eager import Eager, run_layer
 from carousel_export.errors import ExampleError, PolicyError
+from carousel_export.lift import Frame
+from carousel_export.padding import FRAMES, PadTime, find_paddings
 from carousel_export.policies import Carry, Causal, Full, Lookahead, Piece, Policy
 from carousel_export.ragged import RaggedTime
 from carousel_export.recurrent import Layer, States
-from carousel_export.reference import Reference
+from carousel_export.reference import Answer, Reference, Stream
+from carousel_export.signature import Signature, State
 
-# Above the noise of sums in another order, below any real difference that the gate would let pass.
-_SAME = 1e-4
-# Frames of an experiment; prime, so that an axis with as many entries is time.
+# Frames of an experiment, at least; an axis with as many entries is time.
 _FRAMES = 23
 _CUTS = (1, 2, 5, 3, 1, 7, 4)
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What the model allows, and in words what keeps it from allowing more (empty: nothing)."""
+    """What the model allows, and in words what keeps it from allowing more (empty: nothing).
+
+    `signature` is the model's with what was found: the frames that convolutions keep, and how many they see ahead.
+    """
 
     policies: tuple[type[Policy], ...]
-    ragged: bool
+    signature: Signature
     reason: str = ""
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows of different length may share a batch."""
+        return self.signature.ragged
+
+    @property
+    def notes(self) -> list[str]:
+        """What there is to say of the model, a sentence each."""
+        kept = [padding for padding in self.signature.paddings if padding and padding.left]
+        states = {state.call for state in self.signature.states}
+        notes = [f"{p.where} keeps the {p.left} frames before a block" for p in kept if p.call in states]
+        notes += [self.reason] if self.reason else []
+        if not self.signature.ragged:
+            notes.append("rows share a batch only if they have the same length: some code takes the padding for frames")
+        return notes
 
 
 def find_policies(reference: Reference, draw: Draw) -> Findings:
     """Run the model whole and in pieces, alone and beside longer rows, and say what agrees.
 
     Pieces are cut so that the recurrent layers answer as they do over the whole: their state is carried, and a backward
-    direction sees all that follows. What then differs is other code that mixes time.
+    direction sees all that follows. What then differs is other code that mixes time. Zero padding of time is taken for
+    the frames that a stream has there; how many frames ahead that needs is found with recurrent layers that mix none.
     """
-    signature = reference.signature
-    ragged = _is_ragged(reference, draw)
-    if signature.bidirectional and signature.whole_sequence:
-        name = signature.whole_sequence[0].name
-        return Findings(
-            (Full,), ragged, f"output {name!r} has one value for the sequence, and a direction runs backwards"
-        )
-    if culprit := _mixes_time(reference, draw):
-        return Findings((Full,), ragged, f"{culprit} mixes frames outside the recurrent layers")
-    return Findings((Carry, Lookahead, Full) if signature.bidirectional else (Causal, Carry, Full), ragged)
+    eager = reference.eager
+    padded = with_paddings(eager, reference.signature, draw)
+    padded = replace(padded, ragged=_is_ragged(Reference(eager, padded, rolled=True), draw))
+    kept = [padding for padding in padded.paddings if padding and padding.left]
+    states = tuple(State.of(padding.call, FRAMES, padding.left, padding.size) for padding in kept)
+    lifted = replace(padded, states=(*padded.states, *states))
+    streamed = Reference(eager, lifted, rolled=True)
+    right, culprit = _right_context(streamed, draw)
+    culprit = culprit or _mixes_time(streamed, draw, ahead=right > 0 or lifted.bidirectional)
+    if culprit:
+        return Findings((Full,), padded, f"{culprit} mixes frames outside the recurrent layers")
+    if lifted.whole_sequence and (lifted.bidirectional or right):
+        name = lifted.whole_sequence[0].name
+        what = "a direction runs backwards" if lifted.bidirectional else f"{_who_pads(padded)} ahead"
+        return Findings((Full,), padded, f"output {name!r} has one value for the sequence, and {what}")
+    if right:
+        found = replace(lifted, right_context=right)
+        frames = "frame" if right == 1 else "frames"
+        return Findings((Lookahead, Full), found, f"{_who_pads(padded)} {right} {frames} ahead")
+    return Findings((Carry, Lookahead, Full) if lifted.bidirectional else (Causal, Carry, Full), lifted)
+
+
+def with_paddings(eager: Eager, signature: Signature, draw: Draw) -> Signature:
+    """The signature with the calls that pad time with zeros, seen in a run on a batch."""
+    rows, frames = eager.free_sizes(2, _FRAMES)
+    columns = zip(*(draw.stream(frames).inputs for _ in range(rows)), strict=True)
+    ports = (*signature.inputs, *signature.contexts)
+    tensors = [torch.stack(column) for column in columns]
+    tensors += [torch.stack([context] * rows) for context in draw.contexts()]
+    batch = signature.arrange({port.name: port.feed(x) for port, x in zip(ports, tensors, strict=True)})
+    return replace(signature, paddings=find_paddings(eager.module, lambda: eager.run(batch), rows, frames))
 
 
 def choose(policy: Policy | None, findings: Findings) -> tuple[Policy, tuple[Policy, ...]]:
     """The bundle's default and all that it allows. Raises `PolicyError` for a policy that would answer wrongly."""
-    usual: tuple[Policy, ...] = (Causal(), Carry(), Lookahead(8, 8), Full())
+    least = findings.signature.right_context
+    usual: tuple[Policy, ...] = (Causal(), Carry(), Lookahead(8, max(8, least)), Full())
     allowed = tuple(each for each in usual if type(each) in findings.policies)
     # Carry is offered, and is nobody's default: a backward direction that sees nothing ahead errs most.
     chosen = policy or next(each for each in allowed if not isinstance(each, Carry))
@@ -63,89 +107,59 @@ def choose(policy: Policy | None, findings: Findings) -> tuple[Policy, tuple[Pol
         )
         names = ", ".join(type(each).__name__.lower() for each in allowed)
         raise PolicyError(f"{type(chosen).__name__.lower()} is not for this model: {reason}; choose of: {names}")
+    if not findings.signature.fits(chosen):
+        raise PolicyError(f"{chosen} has too few frames ahead: {findings.reason}; give ahead ≥ {least}")
     return chosen, tuple(chosen if type(each) is type(chosen) else each for each in allowed)
 
 
-def _mixes_time(reference: Reference, draw: Draw) -> str:
-    """The code that mixes frames, in words; empty where only the recurrent layers do."""
-    stream = draw.stream(_FRAMES)
-    backward = reference.signature.bidirectional
+def _right_context(streamed: Reference, draw: Draw) -> tuple[int, str]:
+    """How many frames ahead the code outside the recurrent layers needs, and what mixes frames if none are enough."""
+    paddings = [padding for padding in streamed.signature.paddings if padding]
+    reach = sum(padding.left + padding.right for padding in paddings)
+    (frames,) = streamed.eager.free_sizes(1, _FRAMES + reach)
+    stream = draw.stream(frames)
+    with Recorder(streamed.eager.module) as whole:
+        wanted = streamed.run_pieces(stream, [Piece(0, frames)], framewise=True)
+    for ahead in range(sum(padding.right for padding in paddings) + 1):
+        cuts = Causal().pieces(frames, _CUTS)
+        pieces = [Piece(cut.start, cut.block, min(ahead, frames - cut.start - cut.block)) for cut in cuts]
+        with Recorder(streamed.eager.module) as cut_up:
+            got = _try_pieces(streamed, stream, pieces, framewise=True)
+        if _agree(wanted, got):
+            return ahead, ""
+    return 0, name_culprit(whole.records, cut_up.records, pieces)
+
+
+def _mixes_time(streamed: Reference, draw: Draw, *, ahead: bool) -> str:
+    """The code that mixes frames around the recurrent layers as they are, in words; empty where there is none."""
+    (frames,) = streamed.eager.free_sizes(1, _FRAMES)
+    stream = draw.stream(frames)
     pieces = [
-        Piece(piece.start, piece.block, _FRAMES - piece.start - piece.block if backward else 0)
-        for piece in Causal().pieces(_FRAMES, _CUTS)
+        Piece(piece.start, piece.block, frames - piece.start - piece.block if ahead else 0)
+        for piece in Causal().pieces(frames, _CUTS)
     ]
-    with _Recorder(reference.eager.module) as whole:
-        wanted = reference.run(stream, Full())
-    with _Recorder(reference.eager.module) as cut:
-        try:
-            got = reference.run_pieces(stream, pieces, lookahead=backward)
-        except ExampleError:
-            # Fewer frames than the model can take.
-            got = None
-    if got and all(_same(a, b) for a, b in zip(wanted.outputs, got.outputs, strict=True)):
-        return ""
-    return _name_culprit(reference.eager.name, whole.records, cut.records, pieces)
+    with Recorder(streamed.eager.module) as whole:
+        wanted = streamed.run(stream, Full())
+    with Recorder(streamed.eager.module) as cut:
+        got = _try_pieces(streamed, stream, pieces, lookahead=ahead)
+    return "" if _agree(wanted, got) else name_culprit(whole.records, cut.records, pieces)
 
 
-@dataclass(frozen=True)
-class _Record:
-    """One call of a leaf module: what it was given and what it returned."""
-
-    path: str
-    kind: str
-    given: Tensor
-    returned: Tensor
+def _try_pieces(streamed: Reference, stream: Stream, pieces: Sequence[Piece], **how: bool) -> Answer | None:
+    """The answer in pieces; None where the model fails on so few frames."""
+    try:
+        return streamed.run_pieces(stream, pieces, **how)
+    except ExampleError:
+        return None
 
 
-class _Recorder:
-    """Within, notes the calls of the modules that have no modules in them, recurrent ones too."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.records: list[_Record] = []
-        self._leaves = [(path, leaf) for path, leaf in module.named_modules() if not list(leaf.children())]
-
-    def __enter__(self) -> "_Recorder":
-        self._handles = [leaf.register_forward_hook(self._note(path)) for path, leaf in self._leaves]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _note(self, path: str):  # type: ignore[no-untyped-def]  # torch's hook type is any callable
-        def note(module: nn.Module, args: tuple[object, ...], result: object) -> None:
-            returned = result[0] if isinstance(result, tuple) else result
-            if args and isinstance(args[0], Tensor) and isinstance(returned, Tensor):
-                self.records.append(_Record(path, type(module).__name__, args[0], returned))
-
-        return note
+def _agree(wanted: Answer, got: Answer | None) -> bool:
+    return got is not None and all(same(a, b) for a, b in zip(wanted.outputs, got.outputs, strict=True))
 
 
-def _name_culprit(model: str, whole: Sequence[_Record], cut: Sequence[_Record], pieces: Sequence[Piece]) -> str:
-    """The first module that answers otherwise in pieces; the code before it where it was given otherwise already."""
-    last = ""
-    for i, record in enumerate(whole):
-        # Each piece made the same calls in the same order, unless the last one failed.
-        parts = cut[i :: len(whole)]
-        name = f"{record.path or 'the model'} ({record.kind})"
-        if not _joins(record.given, [part.given for part in parts], pieces):
-            return f"the code of {model}.forward before {name}"
-        if not _joins(record.returned, [part.returned for part in parts], pieces):
-            return name
-        last = name
-    return f"the code of {model}.forward after {last}"
-
-
-def _joins(whole: Tensor, parts: Sequence[Tensor], pieces: Sequence[Piece]) -> bool:
-    axes = [axis for axis, size in enumerate(whole.shape) if size == _FRAMES]
-    if len(axes) != 1:
-        return False
-    fitting = [
-        part.narrow(axes[0], 0, piece.block)
-        for part, piece in zip(parts, pieces, strict=False)
-        if part.dim() == whole.dim() and part.shape[axes[0]] == piece.block + piece.ahead
-    ]
-    return len(fitting) == len(pieces) and _same(whole, torch.cat(fitting, axes[0]))
+def _who_pads(signature: Signature) -> str:
+    names = dict.fromkeys(padding.where for padding in signature.paddings if padding and padding.right)
+    return f"{' and '.join(names)} {'sees' if len(names) == 1 else 'see'}"
 
 
 def _is_ragged(reference: Reference, draw: Draw) -> bool:
@@ -165,12 +179,14 @@ def _is_ragged(reference: Reference, draw: Draw) -> bool:
     ports = (*signature.inputs, *signature.contexts)
     columns = zip(ports, zip(*padded, strict=True), strict=True)
     batches = signature.arrange({port.name: port.feed(torch.stack(column)) for port, column in columns})
-    ragged = RaggedTime(torch.tensor(lengths), rows, frames)
+    frame = Frame(torch.tensor(lengths), {}, {})
+    frame.modes.append(RaggedTime(frame.lengths, rows, frames))
+    frame.modes.append(PadTime(signature.paddings, frame.pad, lambda padding: padding.time))
 
     def by_row(_call: str, module: Layer, x: Tensor, hx: States | None) -> tuple[Tensor, States]:
         batch, time = (0, 1) if module.batch_first else (1, 0)
         answers = []
-        with ragged.suspended():
+        with frame.suspended():
             for row, length in enumerate(lengths):
                 start = hx and tuple(state.narrow(1, row, 1).contiguous() for state in hx)
                 y, states = run_layer(module, x.narrow(batch, row, 1).narrow(time, 0, length), start)
@@ -181,15 +197,11 @@ def _is_ragged(reference: Reference, draw: Draw) -> bool:
                 torch.cat(column, 1) for column in zip(*(states for _, states in answers), strict=True)
             )
 
-    with decoding_in_graph(eager.module), ragged:
-        together = eager.run(batches, by_row, torch.tensor(lengths))
+    with decoding_in_graph(eager.module), frame.within():
+        together = eager.run(batches, by_row, frame.lengths)
     for port, y, *wanted in zip(signature.outputs, together, *alone, strict=True):
         for row, (value, length) in enumerate(zip(wanted, lengths, strict=True)):
             got = port.fetch(y)[row]
-            if not _same(got[:length] if port.timed else got, value):
+            if not same(got[:length] if port.timed else got, value):
                 return False
     return True
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=0, atol=_SAME, equal_nan=True)

@@ -15,7 +15,7 @@ from carousel_export.calling import as_tensors, restore
 from carousel_export.draw import Draw, example_samples, given_streams
 from carousel_export.eager import Eager, call_name
 from carousel_export.errors import ExampleError, ExportError
-from carousel_export.experiments import choose, find_policies
+from carousel_export.experiments import choose, find_policies, with_paddings
 from carousel_export.figures import Figures, measure
 from carousel_export.gate import prove, runtimes_of
 from carousel_export.golden import GOLDEN, read_samples, write_golden
@@ -25,6 +25,7 @@ from carousel_export.loops.written import without_loops
 from carousel_export.manifest import describe
 from carousel_export.measure import BOUND, measure_variants, start_variants
 from carousel_export.names import check_example, input_names_of
+from carousel_export.padding import FRAMES
 from carousel_export.policies import Lookahead, Policy, from_message
 from carousel_export.quiet import undisturbed
 from carousel_export.reference import Reference, Stream
@@ -97,10 +98,12 @@ def export(
         reference = Reference(eager, signature)
         draw = Draw(signature, example_samples(signature, example), given_streams(signature, data))
         findings = find_policies(Reference(eager, signature, rolled=True), draw)
-        signature = replace(signature, ragged=findings.ragged)
+        signature = findings.signature
+        reference = Reference(eager, signature)
+        draw = replace(draw, signature=signature)
         default, policies = choose(policy, findings)
         if findings.reason:
-            log.info("%s allows %s only: %s", name, type(default).__name__.lower(), findings.reason)
+            log.info("%s allows %s only: %s", name, ", ".join(map(str, policies)), findings.reason)
         lookahead = Lookahead in findings.policies
         if triton:
             check_triton(writer.version, policies, signature)
@@ -111,7 +114,7 @@ def export(
             write_torchscript(writer.path / TORCHSCRIPT, eager, signature, example, lookahead=lookahead)
             tried = start_variants(writer.path, variants)
             runtimes = runtimes_of(writer.path)
-            proof = prove(runtimes, reference, draw, policies, ragged=findings.ragged, variants=tried)
+            proof = prove(runtimes, reference, draw, policies, ragged=signature.ragged, variants=tried)
             write_golden(writer.path / GOLDEN, reference, draw, policies)
             figures = measure(eager, signature, example)
             manifest = _manifest(eager, figures, signature, default, policies)
@@ -122,6 +125,7 @@ def export(
             for output, values in named_labels.items():
                 manifest.labels[output].values.extend(values)
             manifest.links.extend(linked)
+            manifest.notes.extend(findings.notes)
             manifest.metadata.update(metadata or {})
             (writer.path / "parity.json").write_text(json.dumps(proof, allow_nan=False), encoding="utf-8")
             writer.list_files(manifest)
@@ -144,12 +148,14 @@ def parity(bundle: Bundle, model: nn.Module) -> dict[str, Any]:
         samples = read_samples(bundle.file(GOLDEN), signature)
         sample = _as_example(signature, max(samples, key=lambda sample: sample.frames))
         eager = without_loops(Eager(model), sample)
-        paths = {state.call.partition(".call")[0] for state in signature.states}
-        if missing := paths - {call_name(path, module, 0) for path, module in eager.recurrent.items()}:
+        known = {call_name(path, module, 0) for path, module in eager.recurrent.items()}
+        recurrent = [state.call for state in signature.states if not state.input.endswith(f".{FRAMES}_0")]
+        if missing := {call.partition(".call")[0] for call in recurrent} - known:
             raise ExportError(f"{eager.name} has no layer {min(missing)!r}; give the model that {bundle.path} is of")
         given = restore(manifest.arguments, (*signature.inputs, *signature.contexts), signature.states)
         eager.restore_calling(given, sample)
         draw = Draw(signature, samples)
+        signature = with_paddings(eager, signature, draw)
         policies = [from_message(policy) for policy in manifest.policies]
         return prove(runtimes_of(bundle.path), Reference(eager, signature), draw, policies, ragged=manifest.ragged)
 
@@ -181,6 +187,7 @@ def _manifest(
     manifest = describe(
         signature, policies, default, ragged=signature.ragged, arguments=eager.calling.described or signature.arguments
     )
+    manifest.right_context = signature.right_context
     manifest.layers.extend(figures.layers)
     manifest.parameters = figures.parameters
     manifest.trainable_parameters = figures.trainable

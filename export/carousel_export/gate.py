@@ -107,7 +107,7 @@ def prove(
     signature = reference.signature
     checks: list[Check] = []
     errors: list[dict[str, Any]] = []
-    for trial in _trials(draw, policies):
+    for trial in _trials(signature, draw, policies):
         wanted = [reference.run(stream, trial.policy) for stream in trial.streams]
         for runtime in runtimes:
             got = replay(runtime, signature, trial.streams, trial.policy, ragged=ragged)
@@ -146,7 +146,7 @@ def _looks_ahead(policies: Sequence[Policy]) -> bool:
     return any(isinstance(policy, Lookahead) for policy in policies)
 
 
-def _trials(draw: Draw, policies: Sequence[Policy]) -> list[Trial]:
+def _trials(signature: Signature, draw: Draw, policies: Sequence[Policy]) -> list[Trial]:
     trials = []
     for policy in policies:
         # Full starts where a sequence starts: at zero.
@@ -155,7 +155,9 @@ def _trials(draw: Draw, policies: Sequence[Policy]) -> list[Trial]:
         ragged = f"ragged batch, random cuts, {start}"
         variants: list[Policy] = [policy]
         if isinstance(policy, Lookahead):
-            variants += [variant for variant in _LOOKAHEADS if variant != policy]
+            least = signature.right_context
+            others = [Lookahead(each.block, each.ahead + least) for each in _LOOKAHEADS]
+            variants += [variant for variant in others if variant != policy]
         elif isinstance(policy, Carry):
             variants += [variant for variant in (Carry(), Carry(4)) if variant != policy]
         for variant in variants:

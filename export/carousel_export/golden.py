@@ -22,7 +22,7 @@ def write_golden(path: Path, reference: Source, draw: Draw, policies: Sequence[P
     signature = reference.signature
     tensors: dict[str, Tensor] = {}
     cases = []
-    for policy in _cases(policies):
+    for policy in _cases(policies, signature.right_context):
         name = _name(policy)
         cases.append({"name": name, "policy": to_json(policy), "sequences": len(_LENGTHS)})
         for i, frames in enumerate(_LENGTHS):
@@ -57,13 +57,14 @@ def read_samples(path: Path, signature: Signature) -> list[Stream]:
         ]
 
 
-def _cases(policies: Sequence[Policy]) -> list[Policy]:
+def _cases(policies: Sequence[Policy], right_context: int) -> list[Policy]:
     cases: list[Policy] = []
     for policy in policies:
         # With a fixed block the answer is a function of the stream, however it is cut.
         cases.append(Carry(policy.block or 5) if isinstance(policy, Carry) else policy)
         if isinstance(policy, Lookahead):
-            cases += [variant for variant in (Lookahead(1, 3), Lookahead(4, 0)) if variant != policy]
+            others = [Lookahead(1, 3 + right_context), Lookahead(4, right_context)]
+            cases += [variant for variant in others if variant != policy]
     return cases
 
 

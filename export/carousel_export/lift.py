@@ -2,8 +2,8 @@
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +13,9 @@ from torch.utils import _pytree as pytree
 from carousel_export.calling import Calling
 from carousel_export.crf import decode_in_graph
 from carousel_export.eager import Eager, call_name
+from carousel_export.intercept import Intercept
 from carousel_export.packing import Packed, Packing, repack, unpack
+from carousel_export.padding import Padding, PadTime
 from carousel_export.ragged import RaggedTime
 from carousel_export.recurrent import LAYERS, States, as_hx, directions_of, kind_of, places_of, sides_of, weights_of
 from carousel_export.signature import Signature
@@ -34,8 +36,10 @@ class Frame:
     # Set when there are frames ahead: the block's frames, and the lengths of what follows them.
     split: int | None = None
     lengths_ahead: Tensor | None = None
-    # Where the model's other code is told of the lengths; the lifted layers know them.
-    ragged: RaggedTime | None = None
+    # What the model's other code goes through; the lifted layers know of time themselves.
+    modes: list[Intercept] = field(default_factory=list)
+    # Whether the frames ahead follow each row's own last frame in `x`, and not the longest's.
+    compact: bool = False
     ended: dict[str, States] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -44,7 +48,72 @@ class Frame:
         """Where each row's last frame ends when both parts stand one after the other."""
         if self.split is None or self.lengths_ahead is None:
             return self.lengths
+        if self.compact:
+            return self.lengths + self.lengths_ahead
         return torch.where(self.lengths_ahead > 0, self.split + self.lengths_ahead, self.lengths)
+
+    @contextmanager
+    def within(self) -> Iterator[None]:
+        """Within, the model's other code goes through the modes."""
+        with ExitStack() as stack:
+            for mode in self.modes:
+                stack.enter_context(mode)
+            yield
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Within, functions are as they are."""
+        with ExitStack() as stack:
+            for mode in self.modes:
+                stack.enter_context(mode.suspended())
+            yield
+
+    def join(self, block: Tensor, ahead: Tensor) -> Tensor:
+        """A block and the frames ahead as one tensor `[time, batch, …]`."""
+        x = torch.cat([block, ahead])
+        if not self.compact:
+            return x
+        steps = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
+        lengths = self.lengths.to(torch.int64).unsqueeze(0)
+        after = (steps - lengths + block.shape[0]).clamp(max=x.shape[0] - 1)
+        return _take(x, torch.where(steps < lengths, steps, after))
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`join` backwards; frames after a row's own are whatever."""
+        assert self.split is not None, "asked only where there are frames ahead"
+        if not self.compact:
+            return x[: self.split], x[self.split :]
+        steps = torch.arange(x.shape[0] - self.split, device=x.device).unsqueeze(1)
+        return x[: self.split], _take(x, steps + self.lengths.to(torch.int64).unsqueeze(0))
+
+    def pad(self, padding: Padding, x: Tensor) -> Tensor:
+        """Time padded on the left with the frames before, which are a state, and on the right with zeros."""
+        frames = x.movedim((padding.time, padding.batch), (0, 1))
+        lengths = self.lengths.to(torch.int64)
+        total = lengths if self.lengths_ahead is None else lengths + self.lengths_ahead
+        valid = torch.arange(frames.shape[0], device=x.device).unsqueeze(1) < total
+        frames = torch.where(_beside(valid, frames), frames, torch.zeros((), dtype=x.dtype, device=x.device))
+        shape = list(frames.shape[1:])
+        if padding.call in self.states:
+            (before,) = self.states[padding.call]
+            frames = torch.cat([before.reshape(padding.left, *shape), frames])
+            ends = lengths + torch.arange(padding.left, device=x.device).unsqueeze(1)
+            self.ended[padding.call] = (_take(frames, ends).flatten(2),)
+        elif padding.left:
+            frames = torch.cat([x.new_zeros(padding.left, *shape), frames])
+        if padding.right:
+            frames = torch.cat([frames, x.new_zeros(padding.right, *shape)])
+        return frames.movedim((0, 1), (padding.time, padding.batch))
+
+
+def _take(x: Tensor, at: Tensor) -> Tensor:
+    """The frames `at` `[count, batch]` of `x` `[time, batch, …]`, each row's own."""
+    return x.gather(0, _beside(at, x).expand(-1, -1, *x.shape[2:]))
+
+
+def _beside(rows: Tensor, x: Tensor) -> Tensor:
+    """`rows` `[time, batch]` with as many axes as `x`."""
+    return rows.reshape(*rows.shape, *[1] * (x.dim() - 2))
 
 
 class Slot:
@@ -79,7 +148,7 @@ class LiftedLayer(nn.RNNBase):
         frame.counts[self.path] += 1
         x = unpack(self, input)
         x = x.transpose(0, 1) if self.batch_first else x
-        with frame.ragged.suspended() if frame.ragged else nullcontext():
+        with frame.suspended():
             y, ended = self._whole(frame, call, x) if frame.split is None else self._ahead(frame, call, x)
         frame.ended[call] = ended
         return repack(self, call, input, y.transpose(0, 1) if self.batch_first else y), as_hx(ended)
@@ -101,7 +170,7 @@ class LiftedLayer(nn.RNNBase):
         at the end of the frames ahead, then the block.
         """
         assert frame.lengths_ahead is not None, "a frame with a split has lengths ahead"
-        block, ahead = x[: frame.split], x[frame.split :]
+        block, ahead = frame.parts(x)
         sides = sides_of(self)
         ended = []
         for layer in range(self.num_layers):
@@ -126,7 +195,7 @@ class LiftedLayer(nn.RNNBase):
                 ys_ahead.append(y_ahead)
             block, ahead = torch.cat(ys, dim=2), torch.cat(ys_ahead, dim=2)
             ended += rows
-        return torch.cat([block, ahead]), tuple(torch.cat(states) for states in zip(*ended, strict=True))
+        return frame.join(block, ahead), tuple(torch.cat(states) for states in zip(*ended, strict=True))
 
 
 # Each is still an `nn.LSTM`, say, and returns what it returns.
@@ -167,19 +236,24 @@ class LiftedModel(nn.Module):
             self.starts,
             split=pairs[0][0].shape[1],
             lengths_ahead=lengths_ahead,
+            compact=any(self.signature.paddings),
         )
-        return self._run([torch.cat(pair, dim=1) for pair in pairs], contexts, frame)
+        joined = [frame.join(*(x.transpose(0, 1) for x in pair)).transpose(0, 1) for pair in pairs]
+        return self._run(joined, contexts, frame)
 
     def _run(self, inputs: Sequence[Tensor], contexts: Sequence[Tensor], frame: Frame) -> tuple[Tensor, ...]:
         signature = self.signature
         if signature.ragged and frame.split is None:
             # Under lookahead, code that takes all frames together is not allowed.
-            frame.ragged = RaggedTime(frame.lengths, *inputs[0].shape[:2])
+            frame.modes.append(RaggedTime(frame.lengths, *inputs[0].shape[:2]))
+        if any(signature.paddings):
+            frame.modes.append(PadTime(signature.paddings, frame.pad, lambda padding: padding.time))
         self.slot.frame = frame
         try:
             ports = zip((*signature.inputs, *signature.contexts), (*inputs, *contexts), strict=True)
             fed = signature.arrange({port.name: port.feed(x) for port, x in ports})
-            with Packing(frame.lengths, frame.split, frame.lengths_ahead), frame.ragged or nullcontext():
+            parts = (None, None) if frame.compact else (frame.split, frame.lengths_ahead)
+            with Packing(frame.joined_lengths if frame.compact else frame.lengths, *parts), frame.within():
                 outputs = pytree.tree_leaves(
                     self.calling.results(self.model(*self.calling.arguments(fed, frame.joined_lengths)))
                 )

@@ -7,13 +7,13 @@ in batches of equal length.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from carousel_export.intercept import Intercept
 
 # What a frame beyond a row's end is to a reduction: its neutral element.
 _NEUTRAL = {
@@ -24,7 +24,7 @@ _NEUTRAL = {
 }
 
 
-class RaggedTime(TorchFunctionMode):
+class RaggedTime(Intercept):
     """Within, `[batch, …]` tensors with `frames` entries along time are taken to be valid up to `lengths` `[batch]`."""
 
     def __init__(self, lengths: Tensor, batch: Any, frames: Any) -> None:
@@ -32,28 +32,11 @@ class RaggedTime(TorchFunctionMode):
         self.lengths = lengths.to(torch.int64)
         self.batch = batch
         self.frames = frames
-        self._suspended = False
 
-    @contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Within, functions are as they are: for layers that know the lengths themselves."""
-        before, self._suspended = self._suspended, True
-        try:
-            yield
-        finally:
-            self._suspended = before
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def answer(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the function says of each row's own frames."""
         handler = _HANDLERS.get(getattr(func, "__name__", ""))
-        if self._suspended or handler is None or not args or not isinstance(args[0], Tensor):
-            return func(*args, **(kwargs or {}))
-        return handler(self, func, *args, **(kwargs or {}))
+        return func(*args, **kwargs) if handler is None else handler(self, func, *args, **kwargs)
 
     def _reduction(self, func: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         time = self._time_among(x, _axes(x, args, kwargs))

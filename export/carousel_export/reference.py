@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from carousel_export.eager import Eager, run_layer
 from carousel_export.errors import ExampleError
+from carousel_export.padding import Padding, PadTime
 from carousel_export.policies import Full, Lookahead, Piece, Policy
 from carousel_export.recurrent import Layer, States, directions_of, sides_of, weights_of
-from carousel_export.signature import Port, Signature
+from carousel_export.signature import BATCH, Port, Signature
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,19 @@ class Reference:
         )
 
     def run_pieces(
-        self, sequence: Stream, pieces: Sequence[Piece], *, lookahead: bool = False, plain: bool = False
+        self,
+        sequence: Stream,
+        pieces: Sequence[Piece],
+        *,
+        lookahead: bool = False,
+        plain: bool = False,
+        framewise: bool = False,
     ) -> Answer:
-        """The stream's answer over given pieces; `plain`: recurrent calls start where the model has them start."""
+        """The stream's answer over given pieces.
+
+        `plain`: recurrent calls start where the model has them start; `framewise`: each frame is a sequence to them, so
+        that all that mixes time is other code.
+        """
         start = self._memory(self.signature.start)
         memory = self._memory(sequence.initial or self.signature.start)
         parts: list[list[Tensor]] = []
@@ -91,10 +102,21 @@ class Reference:
             pairs = zip(self.signature.contexts, sequence.contexts, strict=True)
             given |= {port.name: port.give(x) for port, x in pairs}
 
+            def pad(padding: Padding, x: Tensor, piece: Piece = piece) -> Tensor | None:
+                frames = x.movedim(self._time_axis(padding), 0)
+                zeros = [frames.new_zeros(side, *frames.shape[1:]) for side in (padding.left, padding.right)]
+                if padding.call in memory:
+                    zeros[0] = memory[padding.call][0].reshape(zeros[0].shape)
+                    ended = torch.cat([zeros[0], frames[: piece.block]])[-padding.left :]
+                    memory[padding.call] = (ended.reshape(padding.left, 1, padding.size),)
+                return None if plain else torch.cat([zeros[0], frames, zeros[1]]).movedim(0, self._time_axis(padding))
+
             def answer(
                 call: str, module: Layer, x: Tensor, hx: States | None, piece: Piece = piece
             ) -> tuple[Tensor, States]:
                 unbatched = x.dim() == 2
+                if framewise:
+                    return self._framewise(module, x)
                 if lookahead:
                     y, memory[call] = self._lookahead(module, x, memory[call], piece.block, start[call])
                     return y, tuple(s.squeeze(1) if unbatched else s for s in memory[call])
@@ -104,11 +126,12 @@ class Reference:
                 return y, ended
 
             inputs = self.signature.arrange(given)
-            if self._written is None:
-                outputs = self.eager.run(inputs, answer)
-            else:
-                block = piece.block if lookahead else None
-                outputs = self._written.run(inputs, answer, memory, block, plain=plain)
+            with PadTime(self.signature.paddings, pad, self._time_axis):
+                if self._written is None:
+                    outputs = self.eager.run(inputs, answer)
+                else:
+                    block = piece.block if lookahead else None
+                    outputs = self._written.run(inputs, answer, memory, block, plain=plain)
             parts.append([self._cut(port, y, piece) for port, y in zip(self.signature.outputs, outputs, strict=True)])
         joined = tuple(
             torch.cat(column) if port.timed else column[-1]
@@ -157,6 +180,18 @@ class Reference:
             batched = torch.cat(ys, dim=2)
         y = batched.squeeze(1) if x.dim() == 2 else batched.transpose(0, 1) if module.batch_first else batched
         return y, ended
+
+    def _framewise(self, module: Layer, x: Tensor) -> tuple[Tensor, States]:
+        """Each frame of the one sequence as a sequence of its own: time takes the place of the batch."""
+        unbatched = x.dim() == 2
+        turned = x.unsqueeze(1 if module.batch_first else 0) if unbatched else x.transpose(0, 1)
+        y, ended = run_layer(module, turned, None)
+        last = tuple(state[:, -1] if unbatched else state[:, -1:] for state in ended)
+        return (y.squeeze(1 if module.batch_first else 0) if unbatched else y.transpose(0, 1)), last
+
+    def _time_axis(self, padding: Padding) -> int:
+        batched = all(BATCH in port.eager_dims for port in self.signature.inputs)
+        return padding.time if batched else padding.alone
 
     def _direction(self, module: Layer, layer: int, direction: int) -> Layer:
         """An eager module of one layer and one direction with the module's weights."""

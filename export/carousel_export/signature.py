@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from carousel_export.errors import ExportError
+from carousel_export.padding import Plan
+from carousel_export.policies import Full, Lookahead, Policy
 from carousel_protos.v1 import manifest_pb2 as pb
 
 BATCH, TIME, TIME_AHEAD = "batch", "time", "time_ahead"
@@ -162,6 +164,10 @@ class Signature:
     arguments: tuple[str, ...] = ()
     # Whether rows of different length may share a batch.
     ragged: bool = True
+    # How the model's own code pads time with zeros.
+    paddings: Plan = ()
+    # The frames after a block that convolutions need for it.
+    right_context: int = 0
 
     def __post_init__(self) -> None:
         names = [*(port.name for port in self.inputs), *(port.name + AHEAD for port in self.inputs)]
@@ -184,7 +190,13 @@ class Signature:
             contexts=tuple(Port.from_message(port) for port in manifest.contexts),
             arguments=tuple(name for name in manifest.arguments if name in ports),
             ragged=manifest.ragged,
+            right_context=manifest.right_context,
         )
+
+    def fits(self, policy: Policy) -> bool:
+        """Whether a policy has the frames ahead that the model's convolutions need."""
+        ahead = policy.ahead if isinstance(policy, Lookahead) else 0
+        return isinstance(policy, Full) or ahead >= self.right_context
 
     @property
     def whole_sequence(self) -> tuple[Port, ...]:

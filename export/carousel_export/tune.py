@@ -89,8 +89,9 @@ def tune(
     if not streams:
         raise ExampleError("no data; give at least one sequence")
     grid = [Lookahead(block, ahead) for block in sorted(set(blocks)) for ahead in sorted(set(aheads))]
-    settings: list[Setting] = [Carry(1), *(each for each in grid if (each.block + each.ahead) / each.block <= max_cost)]
-    if len(settings) == 1:
+    affordable: list[Setting] = [each for each in grid if (each.block + each.ahead) / each.block <= max_cost]
+    settings = [each for each in (Carry(1), *affordable) if signature.fits(each)]
+    if not any(isinstance(each, Lookahead) for each in settings):
         raise PolicyError(f"no setting has a cost of {max_cost:g} or less; allow more")
     done = iter(range(1, len(settings) + 1))
     with undisturbed():

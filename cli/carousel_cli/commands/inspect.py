@@ -33,6 +33,8 @@ def command(bundle: Path) -> None:
         console.print(table)
     for link in manifest.links:
         console.print(f"{link.input} is what {link.model} answers as {link.output}")
+    for note in manifest.notes:
+        console.print(f"note     {note}")
     if manifest.metadata:
         console.print("metadata " + ", ".join(f"{key}={value}" for key, value in sorted(manifest.metadata.items())))
     console.print("made with " + ", ".join(f"{key} {value}" for key, value in sorted(manifest.made_with.items())))

@@ -88,6 +88,7 @@ def import_model(
             )
             manifest.name, manifest.version = name, writer.version
             manifest.parameters = foreign.parameters
+            manifest.notes.extend(findings.notes)
             manifest.metadata.update(metadata or {})
             manifest.metadata.update({"imported from": path.name, "imported sha256": sha256(path)})
             (writer.path / "parity.json").write_text(json.dumps(proof, allow_nan=False), encoding="utf-8")

@@ -1,6 +1,7 @@
 """What the file itself answers under a policy, one sequence at a time, and what that says of the model."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -56,16 +57,16 @@ class FileReference:
         stream = draw.stream(_FRAMES)
         stream = Stream(stream.inputs, None, _CUTS)
         whole = self.run(stream, Full())
-        ragged = self._is_ragged(draw)
+        signature = replace(self.signature, ragged=self._is_ragged(draw))
         if not self.signature.states:
-            return Findings((Full,), ragged, "it has no state to carry")
+            return Findings((Full,), signature, "it has no state to carry")
         try:
             cut = self.run(stream, Causal())
         except ExampleError:
-            return Findings((Full,), ragged, "it does not run on few frames")
+            return Findings((Full,), signature, "it does not run on few frames")
         if all(map(_same, (*whole.outputs, *whole.states), (*cut.outputs, *cut.states))):
-            return Findings((Causal, Carry, Full), ragged)
-        return Findings((Carry, Full), ragged, "in blocks it answers otherwise than on the whole")
+            return Findings((Causal, Carry, Full), signature)
+        return Findings((Carry, Full), signature, "in blocks it answers otherwise than on the whole")
 
     def _is_ragged(self, draw: Draw) -> bool:
         """Whether a row beside a longer one is answered as alone: only a file that takes lengths can."""

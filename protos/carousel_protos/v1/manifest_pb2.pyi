@@ -164,6 +164,8 @@ class Manifest(_message.Message):
     LINKS_FIELD_NUMBER: _builtins.int
     TRAINABLE_PARAMETERS_FIELD_NUMBER: _builtins.int
     FLOPS_PER_FRAME_FIELD_NUMBER: _builtins.int
+    RIGHT_CONTEXT_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
     format: _builtins.int
     """The bundle format; a reader refuses one that it does not know."""
     name: _builtins.str
@@ -183,6 +185,8 @@ class Manifest(_message.Message):
     """Floating-point operations to run the model on one frame once: twice the multiply-adds of its recurrent, linear and
     convolutional layers. Under lookahead each frame is run (block + ahead) / block times.
     """
+    right_context: _builtins.int
+    """The frames after a block that the model's convolutions need for it: a lookahead policy has at least these ahead."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___File]: ...
     @_builtins.property
@@ -231,6 +235,10 @@ class Manifest(_message.Message):
     def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___Link]:
         """What a session's context and initial state are, where another model gives them."""
 
+    @_builtins.property
+    def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What was found out about the model, a sentence each: what mixes time, and what that rules out."""
+
     def __init__(
         self,
         *,
@@ -258,10 +266,12 @@ class Manifest(_message.Message):
         links: _abc.Iterable[Global___Link] | None = ...,
         trainable_parameters: _builtins.int = ...,
         flops_per_frame: _builtins.int = ...,
+        right_context: _builtins.int = ...,
+        notes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["default_policy", b"default_policy", "tolerance", b"tolerance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "contexts", b"contexts", "default_policy", b"default_policy", "files", b"files", "flops_per_frame", b"flops_per_frame", "format", b"format", "graphs", b"graphs", "inputs", b"inputs", "labels", b"labels", "layers", b"layers", "lengths", b"lengths", "links", b"links", "made_with", b"made_with", "metadata", b"metadata", "name", b"name", "outputs", b"outputs", "parameters", b"parameters", "policies", b"policies", "ragged", b"ragged", "states", b"states", "tolerance", b"tolerance", "torchscript", b"torchscript", "trainable_parameters", b"trainable_parameters", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "contexts", b"contexts", "default_policy", b"default_policy", "files", b"files", "flops_per_frame", b"flops_per_frame", "format", b"format", "graphs", b"graphs", "inputs", b"inputs", "labels", b"labels", "layers", b"layers", "lengths", b"lengths", "links", b"links", "made_with", b"made_with", "metadata", b"metadata", "name", b"name", "notes", b"notes", "outputs", b"outputs", "parameters", b"parameters", "policies", b"policies", "ragged", b"ragged", "right_context", b"right_context", "states", b"states", "tolerance", b"tolerance", "torchscript", b"torchscript", "trainable_parameters", b"trainable_parameters", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

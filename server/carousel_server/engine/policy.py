@@ -68,6 +68,11 @@ def choose_blocking(asked: Policy | None, manifest: Manifest, *, max_block: int)
         block = allowed[CARRY].block
     if (block and policy.kind in (CAUSAL, FULL)) or (ahead and policy.kind != LOOKAHEAD):
         raise PolicyError(f"policy {_name(policy.kind)} takes no such block or ahead; leave them out")
+    if policy.kind == LOOKAHEAD and ahead < manifest.right_context:
+        raise PolicyError(
+            f"lookahead({block}, {ahead}) has too few frames ahead: the convolutions of {manifest.name} need "
+            f"{manifest.right_context}"
+        )
     if block + ahead > max_block:
         raise PolicyError(
             f"block {block} and ahead {ahead} are {block + ahead} frames together; {max_block} are allowed"
