@@ -124,8 +124,10 @@ class Eager:
 
         def watch(call: str, module: Layer, x: Tensor, hx: States | None) -> tuple[Tensor, States]:
             y, ended = run_layer(module, x, hx)
-            calls.append(Seen(call, hx, ended))
-            return y, ended
+            # Unlike anything else in the model: over one frame, y is h.
+            marked = tuple(torch.rand_like(state) for state in ended)
+            calls.append(Seen(call, hx, marked))
+            return y, marked
 
         packing = Packing()
         results = pytree.tree_leaves(self.run_tree(inputs, watch, packing))

@@ -90,8 +90,9 @@ class Client:
 
         `policy` None is the bundle's default, `version` "" the newest that is served, `variant` "" the server's choice,
         `session_id` None a random one. `initial_state` maps state inputs to `[layers × directions, size]`; those left
-        out start at zero. `context` maps each of the model's contexts (`GetModel`'s manifest names them) to `[…]`; it
-        holds for the whole session. `timeout` seconds bound the question for the model's manifest, which is asked once.
+        out start as the model does. `context` maps each of the model's contexts (`GetModel`'s manifest names them) to
+        `[…]`; it holds for the whole session. `timeout` seconds bound the question for the model's manifest, which is
+        asked once.
         """
         options = SessionOptions(model, version, policy, session_id, initial_state, context, timeout, variant)
         return Session(self._connection, options)
