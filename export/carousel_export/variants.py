@@ -85,7 +85,8 @@ def _quantize(model: ModelProto) -> ModelProto:
 
 def _halve(model: ModelProto) -> ModelProto:
     path = sys.path.copy()
-    # This package puts its own folder on the module path when it is imported.
+    # This package puts its own folder on the module path when it is imported, and the quantiser finds modules there.
+    import onnxruntime.quantization  # noqa: PLC0415, F401 -- as above
     from onnxruntime.transformers.float16 import convert_float_to_float16  # noqa: PLC0415 -- as above
 
     sys.path[:] = path
