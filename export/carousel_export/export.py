@@ -82,10 +82,10 @@ def export(
     Raises `ExportError` (see `carousel_export.errors`), and `BundleError` for a name or version that cannot be written;
     then there is no bundle.
     """
-    writer = BundleWriter(out, name, version)
     variants = check_variants(variants)
     example = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    with undisturbed():
+    # Entered first: a place that cannot be written to is found out before the work.
+    with BundleWriter(out, name, version) as writer, undisturbed():
         given = [as_tensors(argument) for argument in example]
         eager = without_loops(Eager(model), given)
         names = input_names_of(eager, given, input_names)
@@ -107,30 +107,29 @@ def export(
         lookahead = Lookahead in findings.policies
         if triton:
             check_triton(writer.version, policies, signature)
-        with writer:
-            write_graph(writer.path / MODEL, eager, signature, example)
-            if lookahead:
-                write_graph(writer.path / LOOKAHEAD, eager, signature, example, ahead=True)
-            write_torchscript(writer.path / TORCHSCRIPT, eager, signature, example, lookahead=lookahead)
-            tried = start_variants(writer.path, variants)
-            runtimes = runtimes_of(writer.path)
-            proof = prove(runtimes, reference, draw, policies, ragged=signature.ragged, variants=tried)
-            write_golden(writer.path / GOLDEN, reference, draw, policies)
-            figures = measure(eager, signature, example)
-            manifest = _manifest(eager, figures, signature, default, policies)
-            for port, size in zip(manifest.inputs, find_vocabularies(eager, signature, example), strict=True):
-                port.vocabulary = size
-            manifest.name, manifest.version = name, writer.version
-            proof["variants"] = measure_variants(writer.path, tried, draw, default, manifest, bound=variant_error)
-            for output, values in named_labels.items():
-                manifest.labels[output].values.extend(values)
-            manifest.links.extend(linked)
-            manifest.notes.extend(findings.notes)
-            manifest.metadata.update(metadata or {})
-            (writer.path / "parity.json").write_text(json.dumps(proof, allow_nan=False), encoding="utf-8")
-            writer.list_files(manifest)
-            (writer.path / "report.html").write_text(render(manifest, proof), encoding="utf-8")
-            bundle = writer.commit(manifest)
+        write_graph(writer.path / MODEL, eager, signature, example)
+        if lookahead:
+            write_graph(writer.path / LOOKAHEAD, eager, signature, example, ahead=True)
+        write_torchscript(writer.path / TORCHSCRIPT, eager, signature, example, lookahead=lookahead)
+        tried = start_variants(writer.path, variants)
+        runtimes = runtimes_of(writer.path)
+        proof = prove(runtimes, reference, draw, policies, ragged=signature.ragged, variants=tried)
+        write_golden(writer.path / GOLDEN, reference, draw, policies)
+        figures = measure(eager, signature, example)
+        manifest = _manifest(eager, figures, signature, default, policies)
+        for port, size in zip(manifest.inputs, find_vocabularies(eager, signature, example), strict=True):
+            port.vocabulary = size
+        manifest.name, manifest.version = name, writer.version
+        proof["variants"] = measure_variants(writer.path, tried, draw, default, manifest, bound=variant_error)
+        for output, values in named_labels.items():
+            manifest.labels[output].values.extend(values)
+        manifest.links.extend(linked)
+        manifest.notes.extend(findings.notes)
+        manifest.metadata.update(metadata or {})
+        (writer.path / "parity.json").write_text(json.dumps(proof, allow_nan=False), encoding="utf-8")
+        writer.list_files(manifest)
+        (writer.path / "report.html").write_text(render(manifest, proof), encoding="utf-8")
+        bundle = writer.commit(manifest)
         if triton:
             write_config(bundle)
         return bundle

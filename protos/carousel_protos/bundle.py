@@ -24,8 +24,9 @@ class BundleError(Exception):
 class Bundle:
     """A bundle that was opened: its folder and its manifest.
 
-    Raises `BundleError` for a folder without a manifest, an unknown format, a path that leaves the bundle, a file
-    that is missing, and, with `check`, one whose sha256 is not the manifest's.
+    Raises `BundleError` for a folder without a manifest, an unknown format, a manifest that lacks inputs, outputs,
+    policies or a graph for one of them, a path that leaves the bundle, a file that is missing, and, with `check`, one
+    whose sha256 is not the manifest's.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
@@ -51,6 +52,16 @@ class Bundle:
                 f"{path} has bundle format {manifest.format}, this version reads {FORMAT}; export the model again"
             )
         bundle = cls(path, manifest)
+        for what, entries in (
+            ("inputs", manifest.inputs),
+            ("outputs", manifest.outputs),
+            ("policies", manifest.policies),
+            ("graphs", manifest.graphs),
+        ):
+            if not entries:
+                raise BundleError(f"{path / MANIFEST} names no {what}; export the model again")
+        for policy in manifest.policies:
+            bundle.graph(policy.kind)
         for entry in manifest.files:
             file = bundle.file(entry.path)
             if check and sha256(file) != entry.sha256:
@@ -75,13 +86,14 @@ class Bundle:
         for graph in self.manifest.graphs:
             if kind in graph.policies and graph.variant == variant:
                 return graph
-        raise BundleError(f"{self.path} has no {variant} graph for {PolicyKind.Name(kind)}")
+        raise BundleError(f"{self.path} has no {variant} graph for {PolicyKind.Name(kind)}; export the model again")
 
 
 class BundleWriter:
     """Writes a bundle into a temporary folder; `commit` renames it into its place, so none is ever half-written.
 
-    Used as a context manager: left without `commit`, nothing stays.
+    Used as a context manager: left without `commit`, nothing stays, nor any folder that was made for it. Entered before
+    the work, it finds out whether there is a place to write to. Raises `BundleError`.
     """
 
     def __init__(self, models: str | Path, name: str, version: str | None = None) -> None:
@@ -97,12 +109,20 @@ class BundleWriter:
             version = str(max(numbers, default=0) + 1)
         self.version = version
         self.target = self.parent / version
-        if self.target.exists():
-            raise BundleError(f"{self.target} is there already; give another version, or remove it first")
+        self._made: list[Path] = []
 
     def __enter__(self) -> Self:
-        self.parent.mkdir(parents=True, exist_ok=True)
-        self.path = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.parent))
+        try:
+            if self.target.exists():
+                raise BundleError(f"{self.target} is there already; give another version, or remove it first")
+            self._made = [folder for folder in (self.parent, *self.parent.parents) if not folder.exists()]
+            self.parent.mkdir(parents=True, exist_ok=True)
+            self.path = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.parent))
+        except OSError as error:
+            self._remove_made()
+            raise BundleError(
+                f"{self.parent} cannot be written to ({error.strerror}); give a folder for models where you may write"
+            ) from error
         return self
 
     def commit(self, manifest: Manifest) -> Bundle:
@@ -130,8 +150,15 @@ class BundleWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
-        if not any(self.parent.iterdir()):
-            self.parent.rmdir()
+        self._remove_made()
+
+    def _remove_made(self) -> None:
+        """Remove the folders that `__enter__` made, as far as they are empty."""
+        for folder in self._made:
+            try:
+                folder.rmdir()
+            except OSError:
+                return  # not empty, or never made; nor are those above it
 
 
 def find_versions(model: Path) -> list[str]:

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -193,3 +194,38 @@ def test_versions_count_up(bundle: Bundle, model: Tagger, tmp_path: Path) -> Non
     with pytest.raises(BundleError, match="not allowed"):
         cx.export(model, TOKENS, name="../tagger", out=tmp_path)
     assert bundle.manifest.version == "1"
+
+
+def test_a_place_that_cannot_be_written_to_is_found_out_first(model: Tagger, tmp_path: Path) -> None:
+    """A folder that cannot be made, or a file in its place, is refused before the model is run at all."""
+
+    class Unrun(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise AssertionError("it was run")
+
+    (tmp_path / "taken").write_text("a file")
+    for out in (Path("/proc/nope"), tmp_path / "taken", tmp_path / "taken" / "deeper"):
+        with pytest.raises(BundleError, match=r"cannot be written to .*; give a folder for models"):
+            cx.export(Unrun(), TOKENS, name="tagger", out=out)
+
+
+def test_what_is_refused_leaves_no_folder(model: Tagger, tmp_path: Path) -> None:
+    """Folders that an export made are gone again when it fails, and those that were there stay."""
+    (tmp_path / "models").mkdir()
+    for out in ("models", "models/deep/er"):
+        with pytest.raises(cx.ExportError):
+            cx.export(model, TOKENS, name="tagger", out=tmp_path / out, policy=cx.Causal())
+        assert [*tmp_path.rglob("*")] == [tmp_path / "models"]
+
+
+@pytest.mark.parametrize("field", ["inputs", "outputs", "policies", "graphs"])
+def test_a_manifest_that_lacks_something_is_refused(bundle: Bundle, tmp_path: Path, field: str) -> None:
+    """A manifest without inputs, outputs, policies or graphs, or without the graph of a policy, is no bundle's."""
+    copied = Path(shutil.copytree(bundle.path, tmp_path / "1"))
+    manifest = json.loads((copied / "manifest.json").read_text())
+    (copied / "manifest.json").write_text(json.dumps({**manifest, field: []}))
+    with pytest.raises(BundleError, match=f"manifest.json names no {field}; export the model again"):
+        Bundle.open(copied)
+    (copied / "manifest.json").write_text(json.dumps({**manifest, "graphs": manifest["graphs"][:1]}))
+    with pytest.raises(BundleError, match="no float32 graph for POLICY_KIND_LOOKAHEAD"):
+        Bundle.open(copied)
