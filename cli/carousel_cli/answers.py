@@ -15,7 +15,8 @@ Array = NDArray[Any]
 class Answers:
     """Collects what `Session.stream` yields. Arrays are kept only where they are to be written.
 
-    Raises `click.UsageError` where the model cannot do what was asked: no labels, several outputs for one .npy file.
+    Raises `click.UsageError` where the model cannot do what was asked: no labels, several outputs for one .npy file;
+    and `click.ClickException` for a file that cannot be written, before anything is streamed.
     """
 
     def __init__(self, manifest: Manifest, output: Path | None, *, labels: bool) -> None:
@@ -26,6 +27,8 @@ class Answers:
             raise click.UsageError(f"{manifest.name} has no labels; leave out --labels")
         if output is not None and output.suffix == ".npy" and len(manifest.outputs) > 1:
             raise click.UsageError(f"{manifest.name} has several outputs; give --output an .npz file")
+        if output is not None:
+            _try(output)
         self._kept: dict[str, list[Array]] = {spec.name: [] for spec in manifest.outputs}
         # Of an output with one value for the sequence, the value so far.
         self._last: dict[str, Array | None] = {}
@@ -51,10 +54,13 @@ class Answers:
         if self._output is None:
             return
         arrays: dict[str, Any] = {name: self._whole(name) for name in self._kept}
-        if self._output.suffix == ".npz":
-            np.savez(self._output, **arrays)
-        else:
-            np.save(self._output, next(iter(arrays.values())))
+        try:
+            if self._output.suffix == ".npz":
+                np.savez(self._output, **arrays)
+            else:
+                np.save(self._output, next(iter(arrays.values())))
+        except OSError as error:
+            raise _unwritable(self._output, error) from error
 
     @property
     def shapes(self) -> str:
@@ -77,3 +83,21 @@ class Answers:
         assert array is not None, "an output with a time axis is never absent"
         values = self._labels[name]
         return [values[best] for best in np.argmax(array, axis=-1).tolist()]
+
+
+def _try(path: Path) -> None:
+    """Raise `click.ClickException` for a file that cannot be written; what is there stays."""
+    try:
+        there = path.exists()
+        path.open("ab").close()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    if not there:
+        path.unlink()
+
+
+def _unwritable(path: Path, error: OSError) -> click.ClickException:
+    return click.ClickException(
+        f"{path} cannot be written ({error.strerror or error}); give --output a file in a folder that is there, and "
+        "where you may write"
+    )

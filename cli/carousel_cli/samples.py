@@ -1,6 +1,5 @@
 """Sample data for `carousel tune`: sequences from .npy and .npz files. Needs torch."""
 
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from carousel_cli.sources import load_arrays
 from carousel_protos.v1.manifest_pb2 import Manifest
 
 Array = NDArray[Any]
@@ -43,11 +43,8 @@ def read_samples(path: Path, manifest: Manifest, limit: int) -> list[tuple[Tenso
 
 def _sequences(file: Path, manifest: Manifest) -> Iterator[tuple[Array, ...]]:
     names = list(manifest.arguments)
-    try:
-        loaded = np.load(file, allow_pickle=False)
-        arrays = {names[0]: loaded} if isinstance(loaded, np.ndarray) else {key: loaded[key] for key in loaded.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise click.ClickException(f"{file} cannot be read as .npy or .npz: {error}") from error
+    loaded = load_arrays(file)
+    arrays = {names[0]: loaded} if isinstance(loaded, np.ndarray) else loaded
     if set(arrays) == set(names):
         groups = [arrays]
     elif len(names) == 1:

@@ -1,12 +1,15 @@
 """What `carousel stream` sends: frames from a file, or from standard input as they arrive."""
 
+import math
 import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import FileIO
+from pathlib import Path
 from typing import Any, Protocol
 
+import click
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
@@ -16,9 +19,10 @@ from carousel_protos.v1.manifest_pb2 import DataType, Manifest
 Array = NDArray[Any]
 # Bytes asked of a pipe at once; it gives what it has.
 _READ = 1 << 20
+_STANDARD_INPUT = "standard input"
 
 
-class SourceError(Exception):
+class SourceError(click.ClickException):
     """The input cannot be read; the message is one line."""
 
 
@@ -41,18 +45,36 @@ def open_source(name: str, manifest: Manifest, chunk: int) -> Iterator[Source]:
         with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as raw:
             yield _open_pipe(Pipe(raw), manifest, chunk)
         return
-    try:
-        loaded = np.load(name, mmap_mode="r" if name.endswith(".npy") else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise SourceError(f"{name} cannot be read as .npy or .npz: {error}") from error
+    loaded = load_arrays(Path(name))
     if isinstance(loaded, np.ndarray):
         if len(manifest.inputs) > 1:
             names = ", ".join(spec.name for spec in manifest.inputs)
             raise SourceError(f"{manifest.name} has several inputs; give an .npz file with the arrays {names}")
-        yield Arrays({manifest.inputs[0].name: loaded}, chunk)
-        return
-    with loaded:
-        yield Arrays({key: loaded[key] for key in loaded.files}, chunk)
+        loaded = {manifest.inputs[0].name: loaded}
+    yield Arrays(name, loaded, chunk)
+
+
+def load_arrays(path: Path) -> Array | dict[str, Array]:
+    """An .npy file's array, mapped from the disk, or an .npz file's by name. Raises `SourceError`."""
+    way = "give numbers saved with numpy.save or numpy.savez"
+    try:
+        loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            arrays = {key: loaded[key] for key in loaded.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        # NumPy's own advice on pickles is to allow them.
+        pickled = "pickle" in str(error) or "Python objects" in str(error)
+        why = "it is neither, or holds pickled objects" if pickled else error
+        raise SourceError(f"{path} cannot be read as .npy or .npz: {why}; {way}") from error
+    if others := [key for key, array in arrays.items() if not isinstance(array, np.ndarray)]:
+        raise SourceError(f"{path} is a zip file, and no .npz: {others[0]!r} in it is no array; {way}")
+    return arrays
+
+
+def _no_frames(where: str) -> SourceError:
+    return SourceError(f"{where} has no frames; give at least one")
 
 
 def read_context(texts: Sequence[str]) -> dict[str, Array]:
@@ -70,10 +92,12 @@ def read_context(texts: Sequence[str]) -> dict[str, Array]:
 class Arrays:
     """Whole arrays, `[frames, …]` by input name."""
 
-    def __init__(self, arrays: dict[str, Array], chunk: int) -> None:
+    def __init__(self, where: str, arrays: dict[str, Array], chunk: int) -> None:
         lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
-        if len(set(lengths.values())) != 1 or 0 in lengths.values():
-            raise SourceError(f"the arrays have {lengths} frames; give the same number of each, and at least 1")
+        if not any(lengths.values()):
+            raise _no_frames(where)
+        if len(set(lengths.values())) != 1:
+            raise SourceError(f"the arrays of {where} have {lengths} frames; give the same number of each")
         self.total: int | None = next(iter(lengths.values()))
         self.sent = 0
         self._arrays = arrays
@@ -134,11 +158,13 @@ class PipedArray:
             shape, fortran, dtype = read(pipe)
         except (ValueError, KeyError) as error:
             raise SourceError(
-                f"standard input begins like an .npy file and is none that can be read: {error}"
+                f"{_STANDARD_INPUT} begins like an .npy file and is none that can be read: {error}"
             ) from error
+        if shape[:1] == (0,):
+            raise _no_frames(_STANDARD_INPUT)
         if dtype.hasobject or not shape or 0 in shape or (fortran and len(shape) > 1):
             raise SourceError(
-                "standard input holds an .npy file without frames, of objects, or in Fortran order; "
+                f"{_STANDARD_INPUT} holds an .npy file without axes or values, of objects, or in Fortran order; "
                 "save numpy.ascontiguousarray(x) of numbers, [frames, …]"
             )
         self.total: int | None = shape[0]
@@ -154,7 +180,7 @@ class PipedArray:
         held = b""
         while self.sent < self.total:
             if not (came := self._pipe.read_some()):
-                raise SourceError(f"standard input ended after {self.sent} of {self.total} frames")
+                raise SourceError(f"{_STANDARD_INPUT} ended after {self.sent} of {self.total} frames")
             held += came
             whole = min(len(held) // size, self.total - self.sent)
             frames = np.frombuffer(held, self._dtype, whole * size // self._dtype.itemsize).reshape(whole, *self._frame)
@@ -184,6 +210,8 @@ class PipedLines:
             *lines, held = (held + came).split(b"\n")
             yield from self._chunks(lines)
         yield from self._chunks([held])
+        if not self.sent:
+            raise _no_frames(_STANDARD_INPUT)
 
     def _chunks(self, lines: list[bytes]) -> Iterator[Array]:
         frames = [frame for line in lines if (frame := self._parse(line)) is not None]
@@ -194,12 +222,15 @@ class PipedLines:
 
     def _parse(self, line: bytes) -> Array | None:
         self._line += 1
-        words = line.replace(b",", b" ").split()
+        words = line.decode(errors="replace").replace(",", " ").split()
         if not words:
             return None
         number = int if self._dtype.kind in "biu" else float
+        size = math.prod(self._frame)
+        wanted = f"line {self._line} of {_STANDARD_INPUT} is not {size} numbers of {self._dtype.name}"
+        if len(words) != size:
+            raise SourceError(f"{wanted}, it has {len(words)}; write a frame on each line")
         try:
             return np.array([number(word) for word in words], self._dtype).reshape(self._frame)
         except (ValueError, OverflowError) as error:
-            wanted = f"{int(np.prod(self._frame))} numbers of {self._dtype.name}"
-            raise SourceError(f"line {self._line} of standard input is not {wanted}: {error}") from error
+            raise SourceError(f"{wanted}: {error}") from error

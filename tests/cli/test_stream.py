@@ -106,12 +106,58 @@ def test_what_cannot_be_streamed_is_said_in_a_line(run: Run, tmp_path: Path, add
     (tmp_path / "text.npy").write_text("no array")
     assert "no model 'nobody'" in one_line(run("stream", "nobody", "x.npy", *to))
     assert "float32 [3, 4]; wanted float32 [frames, 5]" in one_line(run("stream", "tagger", "x.npy", *to))
-    assert "float64 [3, 5]; wanted float32 [frames, 5]" in one_line(run("stream", "tagger", "wide.npy", *to))
+    message = one_line(run("stream", "tagger", "wide.npy", *to))
+    assert "float64 [3, 5]; wanted float32 [frames, 5]; convert it with .astype(numpy.float32)" in message
     assert "text.npy cannot be read" in one_line(run("stream", "tagger", "text.npy", *to))
     assert "none.npy cannot be read" in one_line(run("stream", "tagger", "none.npy", *to))
     done = run("stream", "tagger", "-", *to, input="1 2 3 4 5\n\n1,2,3,4,x\n")
-    assert "line 3 of standard input is not 5 numbers of float32" in one_line(done)
+    assert "line 3 of standard input is not 5 numbers of float32: could not convert string to float: 'x'" in one_line(
+        done
+    )
+    done = run("stream", "tagger", "-", *to, input="1 2 3\n")
+    assert "line 1 of standard input is not 5 numbers of float32, it has 3; write a frame on each line" in one_line(
+        done
+    )
     assert "does not allow policy causal" in one_line(run("stream", "tagger", "x.npy", *to, "--policy", "causal"))
     assert "no labels" in usage(run("stream", "tagger", "x.npy", *to, "--labels"))
     assert "--block goes with" in usage(run("stream", "tagger", "x.npy", *to, "--block", 3))
     assert "needs --block and --ahead" in usage(run("stream", "tagger", "x.npy", *to, "--policy", "lookahead"))
+
+
+def test_files_that_hold_no_arrays(run: Run, tmp_path: Path, address: str):
+    """A checkpoint, which is a zip file too, and pickled objects are refused with a line that says what to save."""
+    torch.save({"a": torch.zeros(2)}, tmp_path / "tagger.pt")
+    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
+    for name, why in (("tagger.pt", "is a zip file, and no .npz"), ("objects.npy", "holds pickled objects")):
+        message = one_line(run("stream", "tagger", name, "--target", address))
+        assert f"{name} " in message
+        assert why in message
+        assert "numpy.save" in message
+
+
+def test_no_frames_are_refused_wherever_they_come_from(run: Run, tmp_path: Path, address: str):
+    """An empty pipe, blank lines and empty arrays fail with the same line, and nothing is written."""
+    empty = np.zeros((0,), np.int64)
+    np.save(tmp_path / "none.npy", empty)
+    np.savez(tmp_path / "none.npz", tokens=empty)
+    to = ("--target", address, "--output", "y.npy")
+    for name in ("none.npy", "none.npz"):
+        assert f"{name} has no frames; give at least one" in one_line(run("stream", "talker", name, *to))
+    for given in (b"", b"\n\n", npy(empty)):
+        done = run("stream", "talker", "-", *to, input=given, text=False)
+        assert (done.returncode, done.stdout) == (1, b"")
+        assert done.stderr == b"Error: standard input has no frames; give at least one\n"
+    assert not (tmp_path / "y.npy").exists()
+
+
+def test_an_output_that_cannot_be_written_is_found_out_first(run: Run, tmp_path: Path, address: str):
+    """The file for the answers is tried before anything is streamed; what is there stays until there are answers."""
+    np.save(tmp_path / "x.npy", np.zeros((3, 4), np.float32))
+    (tmp_path / "y.npy").write_text("older")
+    asked = ("stream", "tagger", "x.npy", "--target", address, "--output")
+    message = one_line(run(*asked, "nowhere/a.npy"))
+    assert "nowhere/a.npy cannot be written (No such file or directory); give --output a file in a folder" in message
+    assert "wanted float32 [frames, 5]" in one_line(run(*asked, "y.npy"))
+    assert (tmp_path / "y.npy").read_text() == "older"
+    assert "wanted float32 [frames, 5]" in one_line(run(*asked, "new.npy"))
+    assert not (tmp_path / "new.npy").exists()

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import carousel_client as cc
 from carousel_cli.answers import Answers
 from carousel_cli.common import make_policy, policy_options
-from carousel_cli.sources import Source, SourceError, open_source, read_context
+from carousel_cli.sources import Source, open_source, read_context
 
 
 @click.command()
@@ -70,7 +70,7 @@ def command(
             with open_source(source, manifest, chunk) as frames:
                 seconds, chunks = _run(session, frames, answers)
             served = f"{model}/{session.version} {_policy_text(session.policy)}"
-    except (cc.CarouselError, SourceError) as error:
+    except cc.CarouselError as error:
         raise click.ClickException(str(error)) from error
     answers.write()
     rate = frames.sent / seconds if seconds else 0.0

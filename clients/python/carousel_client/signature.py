@@ -81,7 +81,8 @@ class Port:
         )
         if array.dtype.newbyteorder("<") != self.dtype or not fits:
             shape = ", ".join(map(str, array.shape))
-            raise InvalidArgument(f"tensor {self.name!r} of {where} is {array.dtype.name} [{shape}]; {wanted}")
+            way = f"; convert it with .astype(numpy.{self.dtype.name})" if fits else ""
+            raise InvalidArgument(f"tensor {self.name!r} of {where} is {array.dtype.name} [{shape}]; {wanted}{way}")
         return array.astype(self.dtype, copy=False)
 
 
