@@ -42,6 +42,11 @@ class ServerProcess:
         self._reader.join()
         return code
 
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._process.kill()
+        self.stop()
+
     def _read(self) -> None:
         assert self._process.stderr is not None
         with self._process.stderr as lines:

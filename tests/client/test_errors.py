@@ -132,8 +132,30 @@ def test_nobody_there():
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{reserved.getsockname()[1]}"
-        with cc.connect(address) as client, pytest.raises(cc.Unavailable, match=f"no connection to {address}"):
+        with cc.connect(address) as client, pytest.raises(cc.Unavailable) as caught:
             client.models()
+    wanted = f"no connection to {address} (nobody listens there); check the address, and that a server runs there"
+    assert str(caught.value) == wanted
+    with cc.connect("nohost.invalid:8001") as client, pytest.raises(cc.Unavailable, match="there is no such host"):
+        client.models()
+
+
+def test_a_server_that_is_killed(own_server):
+    """A server that goes without a word is said to be gone, and the address, which was right, is not blamed."""
+    with cc.connect(own_server.address) as client:
+        session = client.session("speaker").__enter__()
+        session.send([1])
+        own_server.kill()
+        for ask in (lambda: session.send([2]), client.models):
+            with pytest.raises(cc.Unavailable, match=f"the server at {own_server.address} is gone") as caught:
+                ask()
+            assert "check the address" not in str(caught.value)
+
+
+def test_an_array_of_another_dtype_is_told_how_to_convert_it(client):
+    """An array of the right shape and another dtype is refused with the call that converts it."""
+    with pytest.raises(cc.InvalidArgument, match=r"float64 \[1, 1, 5\]; wanted float32 .*\.astype\(numpy\.float32\)"):
+        client.infer("tagger", np.zeros((1, 1, 5)))
 
 
 @pytest.mark.settings(drain_timeout_s=0.5)

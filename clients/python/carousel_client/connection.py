@@ -42,6 +42,8 @@ class Connection:
         self._call: Any = None
         self._reader: threading.Thread | None = None
         self._closed = False
+        # Whether a server has answered a call here: what breaks from then on is not the address's fault.
+        self._connected = False
 
     @property
     def stream(self) -> StreamState | None:
@@ -52,9 +54,11 @@ class Connection:
         if self._closed:
             raise closed_error()
         try:
-            return method(request, timeout=timeout)
+            response = method(request, timeout=timeout)
         except grpc.RpcError as error:
-            raise from_rpc(error, self.target) from None
+            raise from_rpc(error, self.target, connected=self._connected) from None
+        self._connected = True
+        return response
 
     def signature(self, model: str, version: str, timeout: float | None = None) -> Signature:
         """The signature of a model's version, asked for once."""
@@ -144,7 +148,7 @@ class Connection:
                 with self._condition:
                     stream.receive(response)
         except grpc.RpcError as failure:
-            error = from_rpc(failure, self.target)
+            error = from_rpc(failure, self.target, connected=self._connected)
         finally:
             with self._condition:
                 stream.fail(closed_error() if self._closed else error)

@@ -132,12 +132,27 @@ def from_status(status: status_pb2.Status) -> CarouselError:
     return kind(status.message, reason=info.reason, metadata=info.metadata, retry_after=retry_after)
 
 
-def from_rpc(error: grpc.RpcError, target: str) -> CarouselError:
-    """The error that a failed RPC to `target` stands for, whether the server said it or gRPC itself."""
+def from_rpc(error: grpc.RpcError, target: str, *, connected: bool) -> CarouselError:
+    """The error that a failed RPC to `target` stands for, whether the server said it or gRPC itself.
+
+    `connected`: a server has answered there before.
+    """
     if (status := rpc_status.from_call(error)) is not None:
         return from_status(status)
     assert isinstance(error, grpc.Call | grpc.aio.AioRpcError), "a failed RPC has a code"
-    code, details = error.code(), error.details()
+    code, details = error.code(), error.details() or ""
     if code is grpc.StatusCode.UNAVAILABLE:
-        return Unavailable(f"no connection to {target} ({details}); check the address, and that a server runs there")
+        if connected:
+            return Unavailable(f"the server at {target} is gone, or its connection broke; try again once it is back")
+        why = f"no connection to {target} ({_why(details)})"
+        return Unavailable(f"{why}; check the address, and that a server runs there")
     return _BY_CODE.get(code.value[0], CarouselError)(f"{target} answered {code.name}: {details}")
+
+
+def _why(details: str) -> str:
+    """gRPC's reason for a connection that did not come about, in plain words where it is a common one."""
+    if "Connection refused" in details:
+        return "nobody listens there"
+    if "errors resolving" in details or "DNS resolution failed" in details:
+        return "there is no such host; write HOST:PORT"
+    return details

@@ -38,6 +38,8 @@ class Connection:
         self._ready = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._closed = False
+        # Whether a server has answered a call here: what breaks from then on is not the address's fault.
+        self._connected = False
 
     @property
     def stream(self) -> StreamState | None:
@@ -50,9 +52,11 @@ class Connection:
         if self._closed:
             raise closed_error()
         try:
-            return await method(request, timeout=timeout)
+            response = await method(request, timeout=timeout)
         except grpc.aio.AioRpcError as error:
-            raise from_rpc(error, self.target) from None
+            raise from_rpc(error, self.target, connected=self._connected) from None
+        self._connected = True
+        return response
 
     async def signature(self, model: str, version: str, timeout: float | None = None) -> Signature:
         """The signature of a model's version, asked for once."""
@@ -133,7 +137,7 @@ class Connection:
             async for response in call:
                 stream.receive(response)
         except grpc.aio.AioRpcError as failure:
-            error = from_rpc(failure, self.target)
+            error = from_rpc(failure, self.target, connected=self._connected)
         finally:
             stream.fail(closed_error() if self._closed else error)
             ready.set()
