@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from carousel_cli.common import import_object, one_line
 
+_SAVE = "save the weights with torch.save(model.state_dict(), …)"
+
 
 def make_model(reference: str, checkpoint: Path | None) -> tuple[nn.Module, tuple[Tensor, ...] | None]:
     """What MODULE:FACTORY returns: a module, with example inputs if it gives any. Raises `click.ClickException`."""
@@ -38,19 +40,47 @@ def _load(model: nn.Module, checkpoint: Path) -> None:
             # Of a pickle that torch did not write, which is then refused with a reason.
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except pickle.UnpicklingError as error:
+        # Not in torch's words, which say how to read it all the same.
         raise click.ClickException(
-            f"{checkpoint} cannot be read as a checkpoint of plain tensors; write it with "
-            f"torch.save(model.state_dict(), …) ({one_line(error)})"
+            f"{checkpoint} is no file of tensors alone, but maybe of a whole model, and reading it could run code; "
+            f"{_SAVE} where the model was made"
+        ) from error
+    except (OSError, RuntimeError, EOFError) as error:
+        raise click.ClickException(
+            f"{checkpoint} cannot be read as a checkpoint; {_SAVE} ({one_line(error)})"
         ) from error
     if not isinstance(state, dict):
-        raise click.ClickException(
-            f"{checkpoint} holds a {type(state).__name__}; write it with torch.save(model.state_dict(), …)"
-        )
+        raise click.ClickException(f"{checkpoint} holds a {type(state).__name__}; {_SAVE}")
+    if (misfit := _misfit(model, state)) is not None:
+        raise click.ClickException(f"{checkpoint} does not fit {type(model).__name__}: {misfit}")
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise click.ClickException(f"{checkpoint} does not fit {type(model).__name__}: {one_line(error)}") from error
+
+
+def _misfit(model: nn.Module, state: dict[str, object]) -> str | None:
+    """What keeps a checkpoint from being the model's, and what to do; None for what `load_state_dict` has to judge."""
+    own = model.state_dict()
+    for key, value in state.items():
+        if isinstance(value, dict) and any(isinstance(entry, Tensor) for entry in value.values()):
+            return f"its tensors are under {key!r}; save that alone, torch.save(checkpoint[{key!r}], …)"
+    lacking = [name for name in own if name not in state]
+    foreign = [str(key) for key in state if key not in own]
+    if lacking or foreign:
+        lacks = f"it lacks {len(lacking)} of {len(own)} tensors ({', '.join(lacking[:1])})" if lacking else ""
+        has = f"it has {len(foreign)} others ({foreign[0]})" if foreign else ""
+        parts = " and ".join(part for part in (lacks, has) if part)
+        return f"{parts}; give the checkpoint of this very model, or rename its keys where they mean the same"
+    for name, tensor in own.items():
+        value = state[name]
+        if isinstance(value, Tensor) and isinstance(tensor, Tensor) and value.shape != tensor.shape:
+            return (
+                f"its {name} is {list(value.shape)} and the model's is {list(tensor.shape)}; make the model with the "
+                "sizes that it was trained with"
+            )
+    return None
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,8 @@ class Eager:
         )
         self.module.requires_grad_(False)
         return_tensors(self.module)
+        # Whether it ran on some inputs: it then fails on others for their number of frames or rows.
+        self._ran = False
         self.recurrent = find_recurrent(self.module)
         self.kind = type(self.module)
         # Cells are in loops; `without_loops` makes layers of them, and then `written` is the model with the loops.
@@ -164,16 +166,17 @@ class Eager:
             module.__dict__["forward"] = functools.partial(answer, path, module)
         try:
             with torch.no_grad(), packing:
-                return self.calling.results(self.module(*self.calling.arguments(inputs, packing.lengths)))
+                outputs = self.calling.results(self.module(*self.calling.arguments(inputs, packing.lengths)))
         except ExportError:
             raise
         except Exception as error:
             tensors = [x for x in pytree.tree_leaves(list(inputs)) if isinstance(x, Tensor)]
             shapes = ", ".join(f"{x.dtype} {list(x.shape)}" for x in tensors)
-            raise ExampleError(
-                f"{self.name} fails on inputs {shapes}: {one_line(error)}; give an example that it runs on, and write "
-                "its forward for any number of frames"
-            ) from error
+            way = "write its forward for any number of frames and rows" if self._ran else "give what it takes"
+            raise ExampleError(f"{self.name} fails on inputs {shapes}: {one_line(error)}; {way}") from error
+        else:
+            self._ran = True
+            return outputs
         finally:
             for module in self.recurrent.values():
                 del module.__dict__["forward"]
