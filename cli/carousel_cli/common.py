@@ -24,7 +24,8 @@ def extra(name: str) -> Iterator[None]:
         if error.name is None or error.name.startswith("carousel"):
             raise  # our own mistake, which no extra mends
         raise click.ClickException(
-            f"this command needs the extra: pip install 'carousel[{name}]' (there is no module {error.name})"
+            f"this command needs the extra {name}: in a checkout of Carousel, pip install '.[{name}]' "
+            f"(there is no module {error.name})"
         ) from error
 
 

@@ -22,7 +22,7 @@ def require(kind: RuntimeKind) -> None:
     """Raise `ConfigError` where a runtime's library is not installed. Imports nothing."""
     library, extra = _LIBRARIES[kind]
     if find_spec(library) is None:
-        raise ConfigError(f"--runtime {kind} needs {library}: pip install 'carousel[{extra}]'")
+        raise ConfigError(f"--runtime {kind} needs {library}: in a checkout of Carousel, pip install '.[{extra}]'")
 
 
 @dataclass(frozen=True, kw_only=True)

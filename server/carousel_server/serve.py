@@ -98,7 +98,10 @@ class Server:
         try:
             self.port = self._server.add_insecure_port(self._config.listen)
         except RuntimeError as error:
-            raise ConfigError(f"cannot listen on {self._config.listen}: in use, or not an address here") from error
+            raise ConfigError(
+                f"cannot listen on {self._config.listen}: it is in use, or no address of this machine; stop what "
+                "listens there, or give another --listen HOST:PORT (port 0 takes any that is free)"
+            ) from error
         await self._server.start()
         log.info("listening on %s:%d", self._config.listen.rpartition(":")[0], self.port)
         try:

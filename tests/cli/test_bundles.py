@@ -93,21 +93,60 @@ def test_a_factory_may_give_the_example(run_here: Run, tmp_path: Path, module: N
 def test_what_cannot_be_exported_is_said_in_a_line(run_here: Run, tmp_path: Path, module: None):
     """A wrong factory, checkpoint or input fails with a line that names it, and leaves no bundle."""
     to = ("--name", "net", "--out", "out")
-    torch.save({"linear.weight": torch.zeros(1)}, tmp_path / "other.pt")
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil()))
     assert "cannot import nowhere: ModuleNotFoundError" in one_line(run_here("export", "nowhere:net", *to, *INPUT))
     assert "mynet has no function value" in one_line(run_here("export", "mynet:value", *to, *INPUT))
     assert "RuntimeError: first line second line" in one_line(run_here("export", "mynet:broken", *to, *INPUT))
     assert "returned a int" in one_line(run_here("export", "mynet:number", *to, *INPUT))
     asked = ("export", "mynet:net", *to)
-    assert "other.pt does not fit Net" in one_line(run_here(*asked, *INPUT, "--checkpoint", "other.pt"))
-    assert "evil.pt cannot be read as a checkpoint" in one_line(run_here(*asked, *INPUT, "--checkpoint", "evil.pt"))
+    message = one_line(run_here(*asked, *INPUT, "--checkpoint", "evil.pt"))
+    assert "evil.pt is no file of tensors alone" in message
+    assert "torch.save(model.state_dict(), …)" in message
+    message = one_line(run_here(*asked, "--input", "x:float32:batch,time,5"))
+    assert "Net fails on inputs torch.float32 [3, 7, 5]" in message
+    assert "give what it takes" in message
+    message = one_line(run_here("export", "mynet:net", "--name", "net", "--out", "/proc/nope", *INPUT))
+    assert "/proc/nope/net cannot be written to" in message
     assert "not MODULE:FACTORY" in usage(run_here("export", "mynet", *to))
     assert "say what the model takes with --input" in usage(run_here(*asked))
     assert "not NAME:DTYPE:DIMS" in usage(run_here(*asked, "--input", "x:float99:batch,time,4"))
     assert "Missing option '--out'" in usage(run_here("export", "mynet:net", "--name", "net"))
     assert not (tmp_path / "ran").exists()
     assert not list((tmp_path / "out").glob("*/*")) if (tmp_path / "out").exists() else True
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda _: {}, "it lacks 6 of 6 tensors (rnn.weight_ih_l0); give the checkpoint of this very model"),
+        (
+            lambda own: {f"module.{name}": tensor for name, tensor in own.items()},
+            "it lacks 6 of 6 tensors (rnn.weight_ih_l0) and it has 6 others (module.rnn.weight_ih_l0); give the",
+        ),
+        (
+            lambda own: {**own, "linear.weight": torch.zeros(2, 7)},
+            "its linear.weight is [2, 7] and the model's is [2, 6]; make the model with the sizes",
+        ),
+        (lambda own: {"epoch": 3, "state_dict": own}, "its tensors are under 'state_dict'; save that alone"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_told_why(run_here: Run, tmp_path: Path, module: None, change, said: str):
+    """Tensors that are lacking, foreign, of another size or one level down are named, with what to do, in one line."""
+    own = torch.nn.Module()
+    own.rnn, own.linear = torch.nn.LSTM(4, 6, batch_first=True), torch.nn.Linear(6, 2)
+    torch.save(change(own.state_dict()), tmp_path / "other.pt")
+    asked = ("export", "mynet:net", "--name", "net", "--out", "out", *INPUT, "--checkpoint", "other.pt")
+    assert f"other.pt does not fit Net: {said}" in one_line(run_here(*asked))
+
+
+def test_a_pickled_model_is_no_checkpoint(run_here: Run, tmp_path: Path, module: None):
+    """A whole pickled model is refused, with the way to save its weights, and without torch's way to trust it."""
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pt")
+    asked = ("export", "mynet:net", "--name", "net", "--out", "out", *INPUT, "--checkpoint", "whole.pt")
+    message = one_line(run_here(*asked))
+    assert "whole.pt is no file of tensors alone" in message
+    assert "save the weights with torch.save(model.state_dict(), …)" in message
+    assert "trust" not in message
 
 
 class Evil:
@@ -161,4 +200,6 @@ def test_serve_says_what_is_wrong(run: Run, models: Path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        assert "cannot listen on" in one_line(run("serve", "--models", models, "--listen", address))
+        message = one_line(run("serve", "--models", models, "--listen", address))
+        assert f"cannot listen on {address}" in message
+        assert "give another --listen HOST:PORT" in message
