@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -92,14 +93,13 @@ def break_weights(bundle: Path) -> None:
     onnx.write_bytes(onnx.read_bytes()[:-1] + b"!")
 
 
-def break_answers(bundle: Path) -> None:
-    """Golden vectors that the graphs do not meet, in a bundle whose checksums are right."""
+def rewrite_golden(bundle: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+    """Other golden vectors, in a bundle whose checksums are right."""
     path, manifest = bundle / "golden.safetensors", bundle / "manifest.json"
     with safe_open(path, framework="numpy") as golden:
         tensors = {key: golden.get_tensor(key) for key in golden.keys()}  # noqa: SIM118
         metadata = golden.metadata()
-    changed = next(key for key in tensors if "/out/" in key)
-    tensors[changed] = tensors[changed] + np.float32(1e-3)
+    change(tensors)
     save_file(tensors, path, metadata)
     parsed = json.loads(manifest.read_text())
     entry = next(file for file in parsed["files"] if file["path"] == path.name)
@@ -107,11 +107,31 @@ def break_answers(bundle: Path) -> None:
     manifest.write_text(json.dumps(parsed))
 
 
+def break_answers(bundle: Path) -> None:
+    """Golden vectors that the graphs do not meet."""
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        changed = next(key for key in tensors if "/out/" in key)
+        tensors[changed] = tensors[changed] + np.float32(1e-3)
+
+    rewrite_golden(bundle, change)
+
+
+def lose_an_answer(bundle: Path) -> None:
+    """Golden vectors without the last sequence's output."""
+    rewrite_golden(bundle, lambda tensors: tensors.pop(max(key for key in tensors if "/out/" in key)))
+
+
 @pytest.mark.parametrize(
-    ("damage", "said"), [(break_weights, "sha256"), (break_answers, "off the eager model's answers")]
+    ("damage", "said"),
+    [
+        (break_weights, "sha256"),
+        (break_answers, "off the eager model's answers"),
+        (lose_an_answer, "golden.safetensors of speaker lacks output 'output' of full/3; export the model again"),
+    ],
 )
 async def test_a_damaged_model_is_not_served_and_stops_no_other(models: Path, tmp_path: Path, damage, said: str):
-    """A bundle with a wrong checksum, or whose golden vectors are not met here, fails alone and says why."""
+    """A bundle with a wrong checksum, or whose golden vectors are not met or not whole, fails alone and says why."""
     shutil.copytree(models, tmp_path / "models")
     damage(tmp_path / "models" / "speaker" / "1")
     config = ServerConfig(models=tmp_path / "models", listen="127.0.0.1:0", drain_timeout_s=0)

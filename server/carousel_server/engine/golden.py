@@ -56,8 +56,8 @@ class _Stream:
 def replay(bundle: Bundle, runtimes: Mapping[str, Runtime], *, seed: int = 0) -> list[Replayed]:
     """Stream every golden case through an engine in chunks of random size, all its sequences at once.
 
-    Every variant that is loaded is held to its own tolerance. Raises `LoadError` where the golden file cannot be read
-    or a sequence fails; a deviation is in the answer.
+    Every variant that is loaded is held to its own tolerance. Raises `LoadError` where the golden file cannot be read,
+    lacks an output of a sequence, or a sequence fails; a deviation is in the answer.
     """
     model = Model(bundle.manifest, runtimes, Limits())
     try:
@@ -92,6 +92,10 @@ def _replay_case(
             {key.removeprefix(kind): value for key, value in parts.items() if key.startswith(kind)}
             for kind in ("in/", "initial/", "context/", "out/")
         )
+        if lacking := [port.name for port in model.spec.outputs if port.name not in wanted]:
+            raise LoadError(
+                f"{FILE} of {model.name} lacks output {lacking[0]!r} of {prefix.rstrip('/')}; export the model again"
+            )
         session = model.open(f"golden-{prefix}", policy, initial, context, variant=variant)
         session.sink = _Stream(session, inputs, len(next(iter(inputs.values()))), wanted, [])
         streams.append(session.sink)
@@ -110,10 +114,9 @@ def _replay_case(
     for stream in streams:
         model.release(stream.session)
     blocking = str(streams[0].session.blocking)
-    ports = {port.name: port for port in model.spec.outputs}
     # Other arithmetic may well choose another class or path: of a variant, only numbers have a tolerance.
-    compared = [name for name in streams[0].wanted if variant == "float32" or ports[name].dtype.kind == "f"]
-    return [_compare(model, blocking, ports[name], streams, variant) for name in compared]
+    compared = [port for port in model.spec.outputs if variant == "float32" or port.dtype.kind == "f"]
+    return [_compare(model, blocking, port, streams, variant) for port in compared]
 
 
 def _compare(model: Model, policy: str, port: Port, streams: list[_Stream], variant: str) -> Replayed:
