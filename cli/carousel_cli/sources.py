@@ -82,10 +82,12 @@ def read_context(texts: Sequence[str]) -> dict[str, Array]:
     context: dict[str, Array] = {}
     for text in texts:
         name, _, file = text.partition("=")
-        try:
-            context[name] = np.load(file, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise SourceError(f"--context {text!r} is not NAME=FILE.npy, or cannot be read: {error}") from error
+        if not name or not file:
+            raise SourceError(f"--context {text!r} is not NAME=FILE.npy")
+        loaded = load_arrays(Path(file))
+        if not isinstance(loaded, np.ndarray):
+            raise SourceError(f"--context {text!r} is not one array; give each in an .npy file of its own")
+        context[name] = loaded
     return context
 
 

@@ -21,7 +21,10 @@ from carousel_export.signature import Signature
 # Of an output with values up to 1, absolute; of a larger one, relative to the largest value that the sequence has.
 TOLERANCE = 1e-5
 _LENGTHS = (1, 2, 9, 17, 26, 40)
-_LONG = 320
+# A long sequence, of which the last frames are run at once where the policy leaves it to the client: more than a server
+# does by default.
+_LONG = 640
+_AT_ONCE = 520
 _NOT_THE_MODEL = "the files are not this model, as where forward branches on values or mixes rows of the batch"
 _LOOKAHEADS = (Lookahead(8, 8), Lookahead(1, 0), Lookahead(3, 5), Lookahead(5, 1))
 
@@ -107,7 +110,8 @@ def prove(
     signature = reference.signature
     checks: list[Check] = []
     errors: list[dict[str, Any]] = []
-    for trial in _trials(signature, draw, policies):
+    trials = _trials(signature, draw, policies)
+    for trial in trials:
         wanted = [reference.run(stream, trial.policy) for stream in trial.streams]
         for runtime in runtimes:
             got = replay(runtime, signature, trial.streams, trial.policy, ragged=ragged)
@@ -126,6 +130,7 @@ def prove(
         "maximum": max(check.max_abs_error for check in checks),
         "share": max(check.share for check in checks),
         "seconds": round(time.monotonic() - started, 2),
+        "longest": [_longest(policy, trials) for policy in policies],
         "checks": [asdict(check) for check in checks],
         "error_over_time": errors,
         "lookahead_curve": curve,
@@ -164,11 +169,24 @@ def _trials(signature: Signature, draw: Draw, policies: Sequence[Policy]) -> lis
             streams = tuple(draw.stream(frames, initial=state) for frames in _LENGTHS)
             trials.append(Trial(ragged, variant, streams))
         trials.append(Trial(f"one sequence of one frame, {start}", policy, (draw.stream(1, initial=state),)))
-        trials.append(Trial(f"one long sequence, {start}", policy, (draw.stream(_LONG, initial=state),)))
+        long = draw.stream(_LONG, initial=state)
+        long = replace(long, cuts=(*draw.cuts(_LONG - _AT_ONCE), _AT_ONCE))
+        trials.append(Trial(f"one long sequence, {start}", policy, (long,)))
         if draw.given:
             cut = tuple(replace(s, cuts=draw.cuts(s.frames)) for s in draw.given)
             trials.append(Trial("given data, random cuts, from zero", policy, cut))
     return trials
+
+
+def _longest(policy: Policy, trials: Sequence[Trial]) -> dict[str, Any]:
+    """What was proven of a policy: the frames of the longest sequence, and of the longest call."""
+    streams = [stream for trial in trials if trial.policy == policy for stream in trial.streams]
+    pieces = [piece for stream in streams for piece in policy.pieces(stream.frames, stream.cuts)]
+    return {
+        "policy": to_json(policy),
+        "sequence": max(stream.frames for stream in streams),
+        "call": max(piece.block + piece.ahead for piece in pieces),
+    }
 
 
 def _compare(

@@ -45,6 +45,7 @@ def render(manifest: Manifest, parity: Entry) -> str:
             state_bytes=sum(_state_bytes(state) for state in manifest.states),
             errors=[_error_figure(output, series, tolerance) for output, series in errors.items()],
             reference=parity.get("reference", "eager PyTorch"),
+            longest=parity.get("longest", []),
             variants=parity.get("variants", []),
             curves=[curve_figure(output, points) for output, points in curves.items()],
         )

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import carousel_export as cx
 from carousel_protos.bundle import Bundle, BundleError
 from carousel_protos.v1 import manifest_pb2 as pb
+from carousel_server.config import Limits
 
 torch.set_num_threads(1)
 
@@ -148,10 +150,13 @@ def test_parity_report(bundle: Bundle) -> None:
     assert {c["runtime"] for c in proof["checks"]} == {"onnxruntime", "torchscript"}
     assert {c["output"] for c in proof["checks"]} == {"logits", "lstm.h_n", "lstm.c_n"}
     assert proof["maximum"] == max(c["max_abs_error"] for c in proof["checks"]) <= proof["tolerance"] == 1e-5
-    assert max(len(series["frame"]) for series in proof["error_over_time"]) >= 300
+    assert max(len(series["frame"]) for series in proof["error_over_time"]) == 640
+    assert [(entry["sequence"], entry["call"]) for entry in proof["longest"]] == [(640, 520), (640, 5), (640, 640)]
+    assert proof["longest"][0]["call"] > Limits().max_block_frames
     assert proof["lookahead_curve"][0]["policy"] == {"kind": "POLICY_KIND_CARRY", "block": 1, "ahead": 0}
     page = bundle.file("report.html").read_text()
     assert "logits" in page
+    assert re.search(r"carry 640 and 520;\s+lookahead\(3, 2\) 640 and 5;\s+full 640 and 640\.", page)
     listed = {entry.path: entry.sha256 for entry in bundle.manifest.files}
     assert {name for name, digest in listed.items() if digest in page} == listed.keys() - {"report.html"}
     curve = {(point["policy"]["block"], point["policy"]["ahead"]) for point in proof["lookahead_curve"]}
