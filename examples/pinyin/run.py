@@ -8,7 +8,6 @@ import asyncio
 import json
 import os
 import random
-import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from rich.console import Console
 import carousel_client as cc
 import carousel_client.aio as carousel
 import carousel_export as cx
-from carousel_protos.bundle import Bundle, BundleError, find_versions, newest_version
+from carousel_protos.bundle import Bundle, BundleError, newest_version
 
 MODELS = Path("models")
 NAME = "pinyin"
@@ -116,7 +115,7 @@ async def stream(sequences: Sequence[NDArray[np.int64]]) -> dict[str, traffic.Ru
 
 
 def export(network: model.Pinyin, tables: Tables, sentences: Sequence[str]) -> Bundle:
-    """A fresh bundle, its parity printed; the example's older bundles make room for it."""
+    """A new version of the bundle, its parity printed. Older ones stay: a server may be running them."""
     console.rule("export and prove", align="left")
     sample = random.Random(0).sample(list(sentences), 48)
     data = [torch.from_numpy(tables.encode(sentence)) for sentence in sample]
@@ -133,9 +132,6 @@ def export(network: model.Pinyin, tables: Tables, sentences: Sequence[str]) -> B
             output_names=["readings"],
             data=data,
         )
-    for version in find_versions(MODELS / NAME):
-        if version != bundle.path.name:
-            shutil.rmtree(MODELS / NAME / version)
     parity = json.loads(bundle.file("parity.json").read_text(encoding="utf-8"))
     console.print(show.parity_table(parity))
     console.print(

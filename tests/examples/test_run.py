@@ -12,7 +12,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_main_job_ends_by_itself_and_leaves_nothing_running(tmp_path: Path) -> None:
-    """Export, proof, server and every policy's streams succeed; `full` reads as offline; no process is left."""
+    """Export, proof, server and every policy's streams succeed; `full` is as offline; versions stay, processes end."""
+    older = tmp_path / "models" / "pinyin" / "1"
+    older.mkdir(parents=True)
+    (older / "manifest.json").write_text("{}")
     example = subprocess.Popen(
         [sys.executable, "-m", "examples.pinyin.run"],
         cwd=tmp_path,
@@ -29,7 +32,8 @@ def test_main_job_ends_by_itself_and_leaves_nothing_running(tmp_path: Path) -> N
     assert (match := re.search(r"^largest error against eager PyTorch (\S+), allowed 1e-05", output, re.MULTILINE))
     assert float(match[1]) <= 1e-5
     assert "chóng qìng" in output
-    (bundle,) = (tmp_path / "models" / "pinyin").iterdir()
-    assert (bundle / "report.html").is_file()
+    assert {path.name for path in older.parent.iterdir()} == {"1", "2"}
+    assert (older / "manifest.json").is_file()
+    assert (older.parent / "2" / "report.html").is_file()
     with pytest.raises(ProcessLookupError):  # the server was in the same process group
         os.killpg(example.pid, 0)
