@@ -8,6 +8,7 @@ import grpc
 import pytest
 import torch
 from tests.support.models import Speaker, Tagger, make
+from tests.support.shared import make_once
 
 import carousel_export as cx
 from carousel_server.config import ServerConfig
@@ -16,14 +17,26 @@ from carousel_server.serve import Server, serving
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share a fixture of their module run in one process, which then makes it once."""
+    for item in items:
+        if not isinstance(item, pytest.Function):
+            continue
+        known = [definition for found in item._fixtureinfo.name2fixturedefs.values() for definition in found]
+        if any(definition.scope == "module" for definition in known):
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A models folder with `tagger` (bidirectional) and `speaker` (causal, token ids), exported for real."""
-    folder = tmp_path_factory.mktemp("models")
-    torch.manual_seed(1)
-    cx.export(make(Tagger), torch.randn(3, 6, 5), name="tagger", out=folder, policy=cx.Lookahead(block=4, ahead=2))
-    cx.export(make(Speaker), torch.randint(0, 11, (3, 6)), name="speaker", out=folder)
-    return folder
+
+    def make_models(folder: Path) -> None:
+        torch.manual_seed(1)
+        cx.export(make(Tagger), torch.randn(3, 6, 5), name="tagger", out=folder, policy=cx.Lookahead(block=4, ahead=2))
+        cx.export(make(Speaker), torch.randint(0, 11, (3, 6)), name="speaker", out=folder)
+
+    return make_once(tmp_path_factory, "models", make_models)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from tests.client.conftest import Mixer
 from tests.client.process import CAROUSEL, serving
 from tests.support.models import Speaker, make
+from tests.support.shared import make_once
 
 import carousel_export as cx
 from carousel_cli.main import main
@@ -62,14 +63,15 @@ def run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 @pytest.fixture(scope="session")
 def cli_models(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`models`, `talker` (`speaker` with labels) and `mixer` (two inputs, two outputs)."""
-    folder = tmp_path_factory.mktemp("cli") / "models"
-    shutil.copytree(models, folder)
-    cx.export(make(Speaker), torch.randint(0, 11, (3, 6)), name="talker", out=folder, labels=LABELS)
-    example = (torch.randn(6, 3, 4), torch.randint(0, 6, (6, 3)))
-    cx.export(
-        make(Mixer), example, name="mixer", out=folder, input_names=["x", "ids"], output_names=["frames", "summary"]
-    )
-    return folder
+
+    def make_models(folder: Path) -> None:
+        shutil.copytree(models, folder, dirs_exist_ok=True)
+        cx.export(make(Speaker), torch.randint(0, 11, (3, 6)), name="talker", out=folder, labels=LABELS)
+        example = (torch.randn(6, 3, 4), torch.randint(0, 6, (6, 3)))
+        names = {"input_names": ["x", "ids"], "output_names": ["frames", "summary"]}
+        cx.export(make(Mixer), example, name="mixer", out=folder, **names)
+
+    return make_once(tmp_path_factory, "cli", make_models)
 
 
 @pytest.fixture(scope="session")

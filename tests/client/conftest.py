@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests.client.process import ServerProcess, serving
 from tests.support.models import make
+from tests.support.shared import make_once
 from torch import nn
 
 import carousel_client as cc
@@ -32,13 +33,14 @@ class Mixer(nn.Module):
 @pytest.fixture(scope="session")
 def mixed_models(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`models` and a time-major model with two inputs and two outputs, one of which has one value a sequence."""
-    folder = tmp_path_factory.mktemp("mixed") / "models"
-    shutil.copytree(models, folder)
-    example = (torch.randn(6, 3, 4), torch.randint(0, 6, (6, 3)))
-    cx.export(
-        make(Mixer), example, name="mixer", out=folder, input_names=["x", "ids"], output_names=["frames", "summary"]
-    )
-    return folder
+
+    def make_models(folder: Path) -> None:
+        shutil.copytree(models, folder, dirs_exist_ok=True)
+        example = (torch.randn(6, 3, 4), torch.randint(0, 6, (6, 3)))
+        names = {"input_names": ["x", "ids"], "output_names": ["frames", "summary"]}
+        cx.export(make(Mixer), example, name="mixer", out=folder, **names)
+
+    return make_once(tmp_path_factory, "mixed", make_models)
 
 
 @pytest.fixture(scope="session")
