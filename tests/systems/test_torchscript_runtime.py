@@ -111,5 +111,5 @@ def test_missing_torch_is_one_line(models: Path, monkeypatch: pytest.MonkeyPatch
     from carousel_server.errors import ConfigError
 
     monkeypatch.setattr(config, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"--runtime torchscript needs torch: pip install 'carousel\[export\]'"):
+    with pytest.raises(ConfigError, match=r"--runtime torchscript needs torch: .*pip install '\.\[export\]'"):
         ServerConfig(models=models, runtime="torchscript")
