@@ -28,7 +28,7 @@ def read_samples(path: Path, manifest: Manifest, limit: int) -> list[tuple[Tenso
     frames = 0
     for file in files:
         for sample in _sequences(file, manifest):
-            named = dict(zip(manifest.arguments, sample, strict=True))
+            named = dict(zip(_given(manifest), sample, strict=True))
             length = next(len(x) for name, x in named.items() if name in timed)
             if frames + length > limit:
                 named = {name: x[: limit - frames] if name in timed else x for name, x in named.items()}
@@ -41,8 +41,14 @@ def read_samples(path: Path, manifest: Manifest, limit: int) -> list[tuple[Tenso
     return samples
 
 
+def _given(manifest: Manifest) -> list[str]:
+    """The arguments that data has: not the lengths and states, which are the session's."""
+    ports = {spec.name for spec in (*manifest.inputs, *manifest.contexts)}
+    return [name for name in manifest.arguments if name in ports]
+
+
 def _sequences(file: Path, manifest: Manifest) -> Iterator[tuple[Array, ...]]:
-    names = list(manifest.arguments)
+    names = _given(manifest)
     loaded = load_arrays(file)
     arrays = {names[0]: loaded} if isinstance(loaded, np.ndarray) else loaded
     if set(arrays) == set(names):
@@ -61,7 +67,7 @@ def _rows(file: Path, group: Mapping[str, Array], manifest: Manifest) -> Iterato
     if batched == {True}:
         if len({len(array) for array in group.values()}) != 1:
             raise click.ClickException(f"{file} has batches of different size; give each argument as many sequences")
-        for row in zip(*(group[name] for name in manifest.arguments), strict=True):
+        for row in zip(*(group[name] for name in _given(manifest)), strict=True):
             yield tuple(map(np.asarray, row))
     else:
-        yield tuple(group[name] for name in manifest.arguments)
+        yield tuple(group[name] for name in _given(manifest))

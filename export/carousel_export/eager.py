@@ -71,7 +71,7 @@ class Eager:
             ) from error
         _check_weights(self.module)
         if model.training:
-            log.info("%s was in training mode: its copy is exported in evaluation mode", type(model).__name__)
+            log.warning("%s was in training mode: its copy is exported in evaluation mode", type(model).__name__)
         fold(self.module)
         # The names of the parameters that training would change.
         self.trainable = frozenset(

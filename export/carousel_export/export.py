@@ -103,7 +103,7 @@ def export(
         draw = replace(draw, signature=signature)
         default, policies = choose(policy, findings)
         if findings.reason:
-            log.info("%s allows %s only: %s", name, ", ".join(map(str, policies)), findings.reason)
+            log.warning("%s allows %s only: %s", name, ", ".join(map(str, policies)), findings.reason)
         lookahead = Lookahead in findings.policies
         if triton:
             check_triton(writer.version, policies, signature)

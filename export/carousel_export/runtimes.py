@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.jit import optimized_execution  # type: ignore[attr-defined]  # public, and not in its list
 
+from carousel_export.errors import GraphError
 from carousel_export.graph import LOOKAHEAD, MODEL
 from carousel_export.quiet import quiet
 from carousel_export.torchscript import LOOKAHEAD_METHOD, TORCHSCRIPT, WHOLE_METHOD
@@ -71,4 +72,15 @@ class TorchScript:
         method = getattr(self._module, LOOKAHEAD_METHOD if ahead else WHOLE_METHOD)
         # The profiling executor would compile anew for the shapes of each of the first calls, and most come once.
         with torch.no_grad(), optimized_execution(False):
-            return list(method(*tensors))
+            try:
+                return list(method(*tensors))
+            except RuntimeError as error:
+                raise GraphError(
+                    f"the TorchScript file fails at another size than the example's: {_cause(error)}; write forward "
+                    "without tensors made from sizes, as torch.tensor(x.size(1)) is"
+                ) from error
+
+
+def _cause(error: RuntimeError) -> str:
+    """TorchScript's last line says what went wrong; those before it, where."""
+    return next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__).strip()

@@ -139,6 +139,14 @@ def test_a_checkpoint_that_does_not_fit_is_told_why(run_here: Run, tmp_path: Pat
     assert f"other.pt does not fit Net: {said}" in one_line(run_here(*asked))
 
 
+def test_a_file_of_anything_is_no_checkpoint(run_here: Run, tmp_path: Path, module: None):
+    """A file that torch cannot make sense of at all is one line too."""
+    (tmp_path / "junk.pt").write_bytes(b"hello")
+    asked = ("export", "mynet:net", "--name", "net", "--out", "out", *INPUT, "--checkpoint", "junk.pt")
+    assert "junk.pt cannot be read as a checkpoint" in one_line(run_here(*asked))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_pickled_model_is_no_checkpoint(run_here: Run, tmp_path: Path, module: None):
     """A whole pickled model is refused, with the way to save its weights, and without torch's way to trust it."""
     torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pt")

@@ -132,6 +132,12 @@ REFUSED = {
     "returns a number": (Around(lstm(), lambda m, x: (m(x)[0], 3)), X, cx.ModelError, ["[1]", "int"]),
     "time in two axes": (Around(lstm(), lambda m, x: m(x)[0] @ m(x)[0].mT), X, cx.ExampleError, ["output", "2 axes"]),
     "fewer frames": (Around(lstm(), lambda m, x: m(x)[0][:, ::2]), X, cx.ExampleError, ["3 frames", "6"]),
+    "a size made a tensor": (
+        Around(lstm(), lambda m, x: m(x)[0].index_select(1, torch.tensor([x.size(1) - 1]))[:, 0]),
+        X,
+        cx.GraphError,
+        ["TorchScript", "sizes"],
+    ),
     "branch on values": (Around(lstm(), lambda m, x: m(x if x.sum() > 0 else -x)[0]), X, cx.GraphError, ["branches"]),
 }
 

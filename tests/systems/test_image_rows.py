@@ -35,7 +35,14 @@ class LastState(LastFrame):
         return self.fc(h[-1])
 
 
-MODELS = {"frame": LastFrame, "state": LastState}
+class Score(LastFrame):
+    """One number for an image, `[batch]`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, 0]
+
+
+MODELS = {"frame": LastFrame, "state": LastState, "score": Score}
 
 
 @pytest.fixture(scope="module")

@@ -125,11 +125,11 @@ def stack(
     stacked = {}
     for position, port in enumerate(outputs):
         batch = np.zeros((len(rows), *((time,) if port.per_frame else ()), *port.item), port.dtype)
-        for into, length, row in zip(batch, lengths, rows, strict=True):
+        for number, (length, row) in enumerate(zip(lengths, rows, strict=True)):
             values = np.frombuffer(row[position], port.dtype)
             if port.per_frame:
-                into[:length] = values.reshape(length, *port.item)
+                batch[number, :length] = values.reshape(length, *port.item)
             else:
-                into[...] = values.reshape(port.item)
+                batch[number] = values.reshape(port.item)
         stacked[port.name] = batch
     return stacked
