@@ -99,6 +99,29 @@ def find_signature(
     )
 
 
+class Search:
+    """Experiments on an example: which axes have a role, and which axes of the outputs follow them."""
+
+    def __init__(self, eager: Eager, example: tuple[Tensor, ...]) -> None:
+        self._eager = eager
+        self._example = example
+        base = _run(eager, example)
+        assert base is not None, "the example ran a moment ago"
+        self.base = base
+
+    def find(self, role: str) -> Axes | None:
+        """For each input its axis that is batch, or time; None where none is."""
+        return _search(self._eager, self._example, self.base, role)
+
+    def find_sources(self, roles: Sequence[tuple[str, Axes]]) -> list[tuple[str, Axes]]:
+        """The axes of inputs without time that are their own, named."""
+        return _find_sources(self._eager, self._example, self.base, roles)
+
+    def name_outputs(self, roles: Sequence[tuple[str, Axes]], names: Sequence[str]) -> dict[str, Dims]:
+        """The outputs' axes."""
+        return _output_dims(self._eager, self._example, self.base, roles, names)
+
+
 def grow(x: Tensor, axis: int, size: int) -> Tensor:
     """`x` with `size` entries along an axis, its own over and over, so that each value stays one the model knows."""
     return x.index_select(axis, torch.arange(size) % x.shape[axis])
@@ -215,8 +238,8 @@ def _lost(eager: Eager, example: tuple[Tensor, ...], base: _Run, names: Sequence
     if all(call.sizes[TIME] == 1 for call in base.calls):
         return ExampleError(
             f"{eager.name} takes one frame at a time: {base.calls[0].name} takes one step, and no more when an axis of "
-            f"the inputs ({', '.join(names)}) grows; write forward for any number of frames, and where attention asks "
-            "with the state before a step, ask with the layer's output after it"
+            f"the inputs ({', '.join(names)}) grows; write forward for any number of frames, or take the state as an "
+            "argument and return it: then it is run frame by frame"
         )
     return ExampleError(
         f"no axis of the inputs ({', '.join(names)}) is time: growing none by one gives {base.calls[0].name} one more "

@@ -26,10 +26,19 @@ class Lengths:
 
 
 @dataclass(frozen=True)
+class Passed:
+    """A recurrent call's state among the arguments: the call, which of its states, and zeros as the example has it."""
+
+    call: str
+    place: int
+    zeros: Tensor
+
+
+@dataclass(frozen=True)
 class Calling:
     """The forward of a model as a function of its inputs alone.
 
-    `layout` has its arguments: the index of an input, `Lengths`, or zeros in the place of a state, whose value no
+    `layout` has its arguments: the index of an input, `Lengths`, or `Passed` in the place of a state, whose value no
     recurrent layer sees; None: the inputs as they are. `described` says the same by names, and is the manifest's.
     """
 
@@ -42,8 +51,18 @@ class Calling:
     # What other calls start from, [layers × directions, size] each, where that is not zero.
     starts: Mapping[str, States] = field(default_factory=dict)
 
-    def arguments(self, inputs: Sequence[Tensor], lengths: Tensor | None) -> list[Any]:
-        """What forward is to be called with; without `lengths`, every row is whole."""
+    @property
+    def states(self) -> list[Passed]:
+        """The states among the arguments."""
+        return [leaf for leaf in pytree.tree_leaves(list(self.layout or ())) if isinstance(leaf, Passed)]
+
+    def arguments(
+        self, inputs: Sequence[Tensor], lengths: Tensor | None, states: Mapping[str, States] | None = None
+    ) -> list[Any]:
+        """What forward is to be called with; without `lengths`, every row is whole, without `states` they are zero.
+
+        `states` are by call, `[layers × directions, batch, size]`: of use where other code than the calls sees them.
+        """
         if self.layout is None:
             return list(inputs)
 
@@ -52,6 +71,8 @@ class Calling:
                 first = inputs[0]
                 whole = torch.full((first.shape[leaf.batch_axis],), first.shape[leaf.time_axis])
                 return (whole if lengths is None else lengths).to(leaf.dtype)
+            if isinstance(leaf, Passed):
+                return leaf.zeros if states is None else states[leaf.call][leaf.place]
             return inputs[leaf] if isinstance(leaf, int) else leaf
 
         return [pytree.tree_map(place, argument) for argument in self.layout]
@@ -152,9 +173,11 @@ def find_calling(
     if not roles:
         return Calling(starts=starts)
     inputs = [argument for argument, place in zip(arguments, placed, strict=True) if place is None]
-    zeros: dict[str, Any] = {roles[key]: torch.zeros_like(leaf) for key, leaf in known.items() if key in roles}
+    zeros: dict[str, Any] = {
+        roles[key]: _passed(roles[key], torch.zeros_like(leaf)) for key, leaf in known.items() if key in roles
+    }
     if LENGTHS in zeros:
-        zeros[LENGTHS] = _find_lengths(inputs[0], runs[0].packed[0], zeros[LENGTHS].dtype)
+        zeros[LENGTHS] = _find_lengths(inputs[0], runs[0].packed[0], zeros[LENGTHS].zeros.dtype)
     described = tuple(name if place is None else _text(place) for name, place in zip(names, placed, strict=True))
     calling = Calling(_fill(placed, zeros), described, frozenset(passed), starts=starts)
     return replace(calling, dropped=find_dropped(calling, runs[0]))
@@ -171,7 +194,9 @@ def restore(described: Sequence[str], inputs: Sequence[Port], states: Sequence[S
         return Calling(starts=starts)
     dims = inputs[0].eager_dims
     places = [None if text in names else _parse(text) for text in described]
-    fill: dict[str, Any] = {state.input: torch.zeros(state.shape).unsqueeze(1) for state in states}
+    fill: dict[str, Any] = {
+        state.input: _passed(state.input, torch.zeros(state.shape).unsqueeze(1)) for state in states
+    }
     if LENGTHS in described:
         fill[LENGTHS] = Lengths(dims.index(BATCH), dims.index(TIME))
     used = {leaf for leaf in pytree.tree_leaves(places) if leaf is not None}
@@ -187,6 +212,12 @@ def find_dropped(calling: Calling, run: Trace) -> frozenset[int]:
         for i, result in enumerate(run.results)
         if isinstance(result, Tensor) and any(_is_state(result, state) for state in ended)
     )
+
+
+def _passed(name: str, zeros: Tensor) -> Passed:
+    """What a state's name, as `rnn.h_0`, stands for."""
+    call, _, letter = name.rpartition(".")
+    return Passed(call, 1 if letter == "c_0" else 0, zeros)
 
 
 def _constant(seen: Seen, again: Seen) -> States:

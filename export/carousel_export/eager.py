@@ -4,7 +4,7 @@ import functools
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from math import isqrt
 from typing import Any, Protocol
@@ -135,15 +135,27 @@ class Eager:
         results = pytree.tree_leaves(self.run_tree(inputs, watch, packing))
         return Trace(tuple(calls), tuple(packing.given), tuple(results))
 
-    def run(self, inputs: Sequence[Tensor], handler: Handler = plain, lengths: Tensor | None = None) -> list[Tensor]:
+    def run(
+        self,
+        inputs: Sequence[Tensor],
+        handler: Handler = plain,
+        lengths: Tensor | None = None,
+        states: Mapping[str, States] | None = None,
+    ) -> list[Tensor]:
         """The model's outputs, flattened, with every recurrent call answered by `handler`.
 
-        `lengths` `[batch]` are those of the rows, whole ones where it is absent. Raises `ExampleError` where the model
-        fails on the inputs.
+        `lengths` `[batch]` are those of the rows, whole ones where it is absent; `states`, by call, stand among
+        the arguments for code that sees them beside those calls. Raises `ExampleError` where the model fails on the inputs.
         """
-        return pytree.tree_leaves(self.run_tree(inputs, handler, Packing(lengths)))
+        return pytree.tree_leaves(self.run_tree(inputs, handler, Packing(lengths), states))
 
-    def run_tree(self, inputs: Sequence[Any], handler: Handler = plain, packing: Packing | None = None) -> Any:
+    def run_tree(
+        self,
+        inputs: Sequence[Any],
+        handler: Handler = plain,
+        packing: Packing | None = None,
+        states: Mapping[str, States] | None = None,
+    ) -> Any:
         """The model's outputs as it returns them; else as `run`."""
         counts: Counter[str] = Counter()
         packing = packing or Packing()
@@ -166,7 +178,8 @@ class Eager:
             module.__dict__["forward"] = functools.partial(answer, path, module)
         try:
             with torch.no_grad(), packing:
-                outputs = self.calling.results(self.module(*self.calling.arguments(inputs, packing.lengths)))
+                arguments = self.calling.arguments(inputs, packing.lengths, states)
+                outputs = self.calling.results(self.module(*arguments))
         except ExportError:
             raise
         except Exception as error:

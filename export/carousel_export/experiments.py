@@ -59,6 +59,9 @@ def find_policies(reference: Reference, draw: Draw) -> Findings:
     direction sees all that follows. What then differs is other code that mixes time. Zero padding of time is taken for
     the frames that a stream has there; how many frames ahead that needs is found with recurrent layers that mix none.
     """
+    if reference.signature.stepwise:
+        # Frame by frame, whatever the cut.
+        return Findings((Causal, Carry, Full), reference.signature)
     eager = reference.eager
     padded = with_paddings(eager, reference.signature, draw)
     padded = replace(padded, ragged=_is_ragged(Reference(eager, padded, rolled=True), draw))

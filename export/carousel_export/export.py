@@ -31,6 +31,7 @@ from carousel_export.quiet import undisturbed
 from carousel_export.reference import Reference, Stream
 from carousel_export.report import render
 from carousel_export.signature import Signature
+from carousel_export.step import find_step, takes_one_frame
 from carousel_export.torchscript import TORCHSCRIPT, write_torchscript
 from carousel_export.triton import check_triton, write_config
 from carousel_export.variants import check_variants
@@ -92,7 +93,8 @@ def export(
         leaves = [(name, leaf) for name, each in zip(names, given, strict=True) for leaf in pytree.tree_leaves(each)]
         check_example(*zip(*leaves, strict=True))
         example, names = eager.find_calling(given, names)
-        signature = find_signature(eager, example, names, output_names, dims)
+        find = find_step if takes_one_frame(eager, example) else find_signature
+        signature = find(eager, example, names, output_names, dims)
         named_labels = _labels(signature, labels)
         linked = find_links(signature, links or {}, Path(out))
         reference = Reference(eager, signature)
@@ -145,7 +147,8 @@ def parity(bundle: Bundle, model: nn.Module) -> dict[str, Any]:
         manifest = bundle.manifest
         signature = Signature.from_manifest(manifest)
         samples = read_samples(bundle.file(GOLDEN), signature)
-        sample = _as_example(signature, max(samples, key=lambda sample: sample.frames))
+        best = min if signature.stepwise else max
+        sample = _as_example(signature, best(samples, key=lambda sample: sample.frames))
         eager = without_loops(Eager(model), sample)
         known = {call_name(path, module, 0) for path, module in eager.recurrent.items()}
         recurrent = [state.call for state in signature.states if not state.input.endswith(f".{FRAMES}_0")]
@@ -154,7 +157,7 @@ def parity(bundle: Bundle, model: nn.Module) -> dict[str, Any]:
         given = restore(manifest.arguments, (*signature.inputs, *signature.contexts), signature.states)
         eager.restore_calling(given, sample)
         draw = Draw(signature, samples)
-        signature = with_paddings(eager, signature, draw)
+        signature = signature if signature.stepwise else with_paddings(eager, signature, draw)
         policies = [from_message(policy) for policy in manifest.policies]
         return prove(runtimes_of(bundle.path), Reference(eager, signature), draw, policies, ragged=manifest.ragged)
 
@@ -187,6 +190,7 @@ def _manifest(
         signature, policies, default, ragged=signature.ragged, arguments=eager.calling.described or signature.arguments
     )
     manifest.right_context = signature.right_context
+    manifest.stepwise = signature.stepwise
     manifest.layers.extend(figures.layers)
     manifest.parameters = figures.parameters
     manifest.trainable_parameters = figures.trainable

@@ -16,9 +16,11 @@ from carousel_export.axes import grow
 from carousel_export.eager import Eager
 from carousel_export.errors import GraphError, one_line
 from carousel_export.lift import LiftedModel, bind_onnx, lift
+from carousel_export.nodes import repeat
 from carousel_export.operators import OPSET, TRANSLATIONS
 from carousel_export.quiet import quiet
 from carousel_export.signature import AHEAD, BATCH, LENGTHS, TIME, TIME_AHEAD, Dims, Signature
+from carousel_export.step import Step, frame_dims, frame_of
 from carousel_export.tied import tie
 
 MODEL, LOOKAHEAD = "model.onnx", "lookahead.onnx"
@@ -32,19 +34,23 @@ def write_graph(
     Raises `GraphError` where the model's own code is beyond the exporter, or ties an axis to the example's size.
     """
     lifted = lift(eager, signature, bind_onnx)
-    dims = input_dims(signature, ahead=ahead)
+    dims = taken = input_dims(signature, ahead=ahead)
+    tensors = trace_inputs(eager, signature, example, ahead=ahead)
+    module: nn.Module = _Lookahead(lifted).eval() if ahead else lifted
+    if signature.stepwise:
+        module, taken, tensors = Step(lifted).eval(), frame_dims(dims, signature), frame_of(tensors, signature)
     named = {name: Dim(name) for name in (BATCH, TIME, TIME_AHEAD, *signature.sources)}
-    shapes = [{axis: named[dim] for axis, dim in enumerate(dims[name]) if dim in named} for name in dims]
+    shapes = [{axis: named[dim] for axis, dim in enumerate(axes) if dim in named} for axes in taken.values()]
     try:
         # torch prints the unfinished graph of an export that fails; its message says enough.
         with quiet(), contextlib.redirect_stderr(io.StringIO()):
             program = torch.onnx.export(
-                _Lookahead(lifted).eval() if ahead else lifted,
-                tuple(trace_inputs(eager, signature, example, ahead=ahead)),
+                module,
+                tuple(tensors),
                 dynamo=True,
                 opset_version=OPSET,
                 verbose=False,
-                input_names=list(dims),
+                input_names=list(taken),
                 output_names=signature.output_names(),
                 dynamic_shapes=(tuple(shapes),),
                 custom_translation_table={**TRANSLATIONS, **viterbi.TRANSLATIONS},
@@ -57,6 +63,8 @@ def write_graph(
             f"{eager.name} could not be exported to {path.name}: {_cause(error)}; write its forward without branches "
             "on values and without sizes taken from the example"
         ) from error
+    if signature.stepwise:
+        repeat(path, dims, signature)
     tie(path)
     _check_dims(path, dims, signature)
 

@@ -243,8 +243,8 @@ class LiftedModel(nn.Module):
 
     def _run(self, inputs: Sequence[Tensor], contexts: Sequence[Tensor], frame: Frame) -> tuple[Tensor, ...]:
         signature = self.signature
-        if signature.ragged and frame.split is None:
-            # Under lookahead, code that takes all frames together is not allowed.
+        if signature.ragged and frame.split is None and not signature.stepwise:
+            # Under lookahead, code that takes all frames together is not allowed; a step has but one.
             frame.modes.append(RaggedTime(frame.lengths, *inputs[0].shape[:2]))
         if any(signature.paddings):
             frame.modes.append(PadTime(signature.paddings, frame.pad, lambda padding: padding.time))
@@ -254,9 +254,9 @@ class LiftedModel(nn.Module):
             fed = signature.arrange({port.name: port.feed(x) for port, x in ports})
             parts = (None, None) if frame.compact else (frame.split, frame.lengths_ahead)
             with Packing(frame.joined_lengths if frame.compact else frame.lengths, *parts), frame.within():
-                outputs = pytree.tree_leaves(
-                    self.calling.results(self.model(*self.calling.arguments(fed, frame.joined_lengths)))
-                )
+                states = frame.states if signature.stepwise else None
+                arguments = self.calling.arguments(fed, frame.joined_lengths, states)
+                outputs = pytree.tree_leaves(self.calling.results(self.model(*arguments)))
         finally:
             self.slot.frame = None
         results = [port.fetch(y) for port, y in zip(signature.outputs, outputs, strict=True)]

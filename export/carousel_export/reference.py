@@ -73,6 +73,8 @@ class Reference:
 
     def run(self, sequence: Stream, policy: Policy) -> Answer:
         """The stream's answer under a policy, cut as the policy cuts it."""
+        if self.signature.stepwise:
+            return self.run_pieces(sequence, [Piece(i, 1) for i in range(sequence.frames)])
         pieces = policy.pieces(sequence.frames, sequence.cuts)
         return self.run_pieces(
             sequence, pieces, lookahead=isinstance(policy, Lookahead), plain=isinstance(policy, Full)
@@ -128,7 +130,8 @@ class Reference:
             inputs = self.signature.arrange(given)
             with PadTime(self.signature.paddings, pad, self._time_axis):
                 if self._written is None:
-                    outputs = self.eager.run(inputs, answer)
+                    states = dict(memory) if self.signature.stepwise else None
+                    outputs = self.eager.run(inputs, answer, states=states)
                 else:
                     block = piece.block if lookahead else None
                     outputs = self._written.run(inputs, answer, memory, block, plain=plain)

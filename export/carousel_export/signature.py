@@ -164,6 +164,8 @@ class Signature:
     arguments: tuple[str, ...] = ()
     # Whether rows of different length may share a batch.
     ragged: bool = True
+    # Whether forward takes one frame a call, and the graph repeats it.
+    stepwise: bool = False
     # How the model's own code pads time with zeros.
     paddings: Plan = ()
     # The frames after a block that convolutions need for it.
@@ -191,6 +193,7 @@ class Signature:
             arguments=tuple(name for name in manifest.arguments if name in ports),
             ragged=manifest.ragged,
             right_context=manifest.right_context,
+            stepwise=manifest.stepwise,
         )
 
     def fits(self, policy: Policy) -> bool:

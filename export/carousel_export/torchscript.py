@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from carousel_export.eager import Eager
 from carousel_export.errors import GraphError, one_line
@@ -14,7 +14,9 @@ from carousel_export.lift import LiftedLayer, RunLayer, lift
 from carousel_export.operators import ragged
 from carousel_export.quiet import quiet
 from carousel_export.recurrent import States, places_of, states_of, weights_of
+from carousel_export.scripted import repeated
 from carousel_export.signature import Signature
+from carousel_export.step import Step
 
 TORCHSCRIPT = "model.pt"
 WHOLE_METHOD, LOOKAHEAD_METHOD = "forward", "lookahead"
@@ -33,8 +35,11 @@ def write_torchscript(
         methods[LOOKAHEAD_METHOD] = tuple(trace_inputs(eager, signature, example, ahead=True))
     try:
         with quiet(), torch.no_grad():
+            module: nn.Module = lifted
+            if signature.stepwise:
+                module = repeated(Step(lifted), signature, methods[WHOLE_METHOD])
             # The gate tests what was loaded again, at more shapes than the tracer's own check would.
-            traced = torch.jit.trace_module(lifted, methods, check_trace=False)  # type: ignore[no-untyped-call]
+            traced = torch.jit.trace_module(module, methods, check_trace=False)  # type: ignore[no-untyped-call]
             frozen = torch.jit.freeze(traced, preserved_attrs=[name for name in methods if name != WHOLE_METHOD])
             torch.jit.save(frozen, path)
     except Exception as error:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import carousel_export as cx
 from carousel_export.axes import find_signature
 from carousel_export.eager import Eager
+from carousel_export.export import parity
 
 torch.set_num_threads(1)
 
@@ -131,11 +132,67 @@ class Stepwise(nn.Module):
         return self.rnn(torch.cat([x, weights @ memory], dim=-1), hidden)
 
 
-def test_a_step_at_a_time_is_refused(tmp_path: Path) -> None:
-    """A decoder that can be run on one frame only is refused with what would make it run on more."""
-    inputs = (torch.randn(3, 1, 3), torch.randn(1, 3, 4), torch.randn(3, 5, 4))
-    with pytest.raises(
-        cx.ExampleError, match=r"Stepwise takes one frame at a time: rnn .* ask with the layer's output"
-    ):
-        cx.export(Stepwise(), inputs, name="net", out=tmp_path)
+class Forgetful(Stepwise):
+    """Keeps its new state to itself."""
+
+    def forward(self, x: Tensor, hidden: Tensor, memory: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, hidden, memory)[0]
+
+
+class Mixed(Stepwise):
+    """Has a second layer, which starts each frame anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.GRU(4, 4, batch_first=True)
+
+    def forward(self, x: Tensor, hidden: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        y, hidden = super().forward(x, hidden, memory)
+        return self.second(y)[0], hidden
+
+
+class Bare(Stepwise):
+    """Returns a frame without an axis for it."""
+
+    def forward(self, x: Tensor, hidden: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        y, hidden = super().forward(x, hidden, memory)
+        return y[:, 0], hidden
+
+
+class Fed(nn.Module):
+    """Adds the state that it starts from to each frame."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(4, 4, batch_first=True)
+
+    def forward(self, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return self.rnn(x + hidden.transpose(0, 1), hidden)
+
+
+@pytest.mark.parametrize(
+    ("model", "shapes", "words"),
+    [
+        (Forgetful(), [(3, 1, 3), (1, 3, 4), (3, 5, 4)], "Forgetful .* the state of rnn; return every state"),
+        (Mixed(), [(3, 1, 3), (1, 3, 4), (3, 5, 4)], "Mixed .* second starts each from its own state"),
+        (Bare(), [(3, 1, 3), (1, 3, 4), (3, 5, 4)], r"output 'output_0' \[batch, 4\] has no axis of the one frame"),
+        (Fed(), [(3, 5, 4), (1, 3, 4)], "Fed uses the state of rnn outside of it, .* an example of one frame"),
+    ],
+)
+def test_a_step_that_is_none(tmp_path: Path, model: nn.Module, shapes: list[tuple[int, ...]], words: str) -> None:
+    """A model of one frame a call whose state a session could not carry is refused, and said how to mend it."""
+    with pytest.raises(cx.ExportError, match=words):
+        cx.export(model, tuple(map(torch.randn, shapes)), name="net", out=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("model", "shapes"), [(Stepwise(), [(3, 1, 3), (1, 3, 4), (3, 5, 4)]), (Fed(), [(3, 1, 4), (1, 3, 4)])]
+)
+def test_a_step_is_proved_again(tmp_path: Path, model: nn.Module, shapes: list[tuple[int, ...]]) -> None:
+    """A model that uses its state outside the layer is exported from one frame, and other weights are found out."""
+    bundle = cx.export(model, tuple(map(torch.randn, shapes)), name="net", out=tmp_path)
+    assert bundle.manifest.stepwise
+    assert parity(bundle, model)["share"] <= 1
+    with pytest.raises(cx.ParityError):
+        parity(bundle, type(model)())

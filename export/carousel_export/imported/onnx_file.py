@@ -11,10 +11,10 @@ import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, compose, helper, numpy_helper
 from torch import Tensor
 
-from carousel_export.errors import ExampleError, ModelError, one_line
+from carousel_export.errors import ExampleError, GraphError, ModelError, one_line
 from carousel_export.graph import MODEL, input_dims
 from carousel_export.imported.foreign import Declared, Plan, Scalar, Value
-from carousel_export.imported.nodes import DTYPES, ONNX_DTYPES, declare, from_first, repeated, to_first, transpose
+from carousel_export.nodes import DTYPES, ONNX_DTYPES, declare, from_first, repeated, to_first, transpose
 from carousel_export.signature import LENGTHS, Port
 
 _PREFIX = "imported/"
@@ -58,7 +58,7 @@ class OnnxFile:
         for name, constant in plan.constants.items():
             assert isinstance(constant, Tensor), "an ONNX file takes tensors"
             graph.initializer.append(numpy_helper.from_array(constant.numpy(), _PREFIX + name))
-        nodes = repeated(graph, plan, _PREFIX) if plan.stepwise else _between(graph, plan)
+        nodes = _repeated(graph, plan) if plan.stepwise else _between(graph, plan)
         del graph.node[:], graph.input[:], graph.output[:]
         graph.node.extend(nodes)
         kinds = {LENGTHS: torch.int32} | {port.name: port.dtype for port in (*signature.inputs, *signature.outputs)}
@@ -71,6 +71,13 @@ class OnnxFile:
         onnx.checker.check_model(inner)
         onnx.save(inner, folder / MODEL)
         return (MODEL,)
+
+
+def _repeated(graph: GraphProto, plan: Plan) -> list[NodeProto]:
+    """The graph's nodes over time. Raises `GraphError` for a file that takes lengths as well."""
+    if plan.lengths is not None:
+        raise GraphError(f"{plan.lengths[0]!r} counts frames of a file that takes one a call; give it with --constant")
+    return repeated(graph, plan.signature, _PREFIX, {name: plan.axis(name) for name in plan.dims})
 
 
 def _between(graph: GraphProto, plan: Plan) -> list[NodeProto]:

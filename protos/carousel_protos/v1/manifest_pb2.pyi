@@ -166,6 +166,7 @@ class Manifest(_message.Message):
     FLOPS_PER_FRAME_FIELD_NUMBER: _builtins.int
     RIGHT_CONTEXT_FIELD_NUMBER: _builtins.int
     NOTES_FIELD_NUMBER: _builtins.int
+    STEPWISE_FIELD_NUMBER: _builtins.int
     format: _builtins.int
     """The bundle format; a reader refuses one that it does not know."""
     name: _builtins.str
@@ -187,6 +188,8 @@ class Manifest(_message.Message):
     """
     right_context: _builtins.int
     """The frames after a block that the model's convolutions need for it: a lookahead policy has at least these ahead."""
+    stepwise: _builtins.bool
+    """Whether the eager model's `forward` takes one frame a call, which the graphs repeat over time."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___File]: ...
     @_builtins.property
@@ -268,10 +271,11 @@ class Manifest(_message.Message):
         flops_per_frame: _builtins.int = ...,
         right_context: _builtins.int = ...,
         notes: _abc.Iterable[_builtins.str] | None = ...,
+        stepwise: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["default_policy", b"default_policy", "tolerance", b"tolerance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "contexts", b"contexts", "default_policy", b"default_policy", "files", b"files", "flops_per_frame", b"flops_per_frame", "format", b"format", "graphs", b"graphs", "inputs", b"inputs", "labels", b"labels", "layers", b"layers", "lengths", b"lengths", "links", b"links", "made_with", b"made_with", "metadata", b"metadata", "name", b"name", "notes", b"notes", "outputs", b"outputs", "parameters", b"parameters", "policies", b"policies", "ragged", b"ragged", "right_context", b"right_context", "states", b"states", "tolerance", b"tolerance", "torchscript", b"torchscript", "trainable_parameters", b"trainable_parameters", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "contexts", b"contexts", "default_policy", b"default_policy", "files", b"files", "flops_per_frame", b"flops_per_frame", "format", b"format", "graphs", b"graphs", "inputs", b"inputs", "labels", b"labels", "layers", b"layers", "lengths", b"lengths", "links", b"links", "made_with", b"made_with", "metadata", b"metadata", "name", b"name", "notes", b"notes", "outputs", b"outputs", "parameters", b"parameters", "policies", b"policies", "ragged", b"ragged", "right_context", b"right_context", "states", b"states", "stepwise", b"stepwise", "tolerance", b"tolerance", "torchscript", b"torchscript", "trainable_parameters", b"trainable_parameters", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
