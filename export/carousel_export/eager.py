@@ -145,7 +145,8 @@ class Eager:
         """The model's outputs, flattened, with every recurrent call answered by `handler`.
 
         `lengths` `[batch]` are those of the rows, whole ones where it is absent; `states`, by call, stand among
-        the arguments for code that sees them beside those calls. Raises `ExampleError` where the model fails on the inputs.
+        the arguments for code that sees them beside those calls. Raises `ExampleError` where the model fails on
+        the inputs.
         """
         return pytree.tree_leaves(self.run_tree(inputs, handler, Packing(lengths), states))
 

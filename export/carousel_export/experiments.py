@@ -47,6 +47,8 @@ class Findings:
         states = {state.call for state in self.signature.states}
         notes = [f"{p.where} keeps the {p.left} frames before a block" for p in kept if p.call in states]
         notes += [self.reason] if self.reason else []
+        if self.signature.stepwise:
+            notes.append("forward takes one frame a call, which the graph repeats over time")
         if not self.signature.ragged:
             notes.append("rows share a batch only if they have the same length: some code takes the padding for frames")
         return notes

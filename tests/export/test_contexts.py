@@ -175,7 +175,7 @@ class Fed(nn.Module):
     [
         (Forgetful(), [(3, 1, 3), (1, 3, 4), (3, 5, 4)], "Forgetful .* the state of rnn; return every state"),
         (Mixed(), [(3, 1, 3), (1, 3, 4), (3, 5, 4)], "Mixed .* second starts each from its own state"),
-        (Bare(), [(3, 1, 3), (1, 3, 4), (3, 5, 4)], r"output 'output_0' \[batch, 4\] has no axis of the one frame"),
+        (Bare(), [(3, 1, 3), (1, 3, 4), (3, 5, 4)], r"output 'output' \[batch, 4\] has no axis of the one frame"),
         (Fed(), [(3, 5, 4), (1, 3, 4)], "Fed uses the state of rnn outside of it, .* an example of one frame"),
     ],
 )
@@ -193,6 +193,7 @@ def test_a_step_is_proved_again(tmp_path: Path, model: nn.Module, shapes: list[t
     """A model that uses its state outside the layer is exported from one frame, and other weights are found out."""
     bundle = cx.export(model, tuple(map(torch.randn, shapes)), name="net", out=tmp_path)
     assert bundle.manifest.stepwise
+    assert any("one frame a call" in note for note in bundle.manifest.notes)
     assert parity(bundle, model)["share"] <= 1
     with pytest.raises(cx.ParityError):
         parity(bundle, type(model)())

@@ -216,7 +216,7 @@ def test_chunks_of_a_step_model(client: cc.Client) -> None:
 
 
 def test_ragged_rows_of_a_step_model(client: cc.Client, models: Path) -> None:
-    """Rows of different length in one step each stop at their own end: their answers and their states are the loop's."""
+    """Rows of different length in one step each stop at their own end: answers and states are the loop's."""
     lengths, decoder = (7, 2, 4), make(StepDecoder)
     tokens, memory, hidden = torch.randint(0, WORDS, (3, 7)), torch.randn(3, 5, 2 * HIDDEN), torch.rand(3, 1, HIDDEN)
     (file,) = (models / "step").glob("*/model.onnx")
