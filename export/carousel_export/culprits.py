@@ -11,11 +11,27 @@ from carousel_export.policies import Piece
 
 # Above the noise of sums in another order, below any real difference that the gate would let pass.
 _SAME = 1e-4
+# Where all values are small, this share of the largest, but not below the noise of larger ones that cancel out.
+_SHARE = 1e-3
+_LEAST = 1e-7
+# Where values are large, the noise is up to this share of the largest.
+_NOISE = 3e-6
 
 
-def same(a: Tensor, b: Tensor) -> bool:
+def same(wanted: Tensor, got: Tensor) -> bool:
     """Whether two answers are one, but for noise."""
-    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=0, atol=_SAME, equal_nan=True)
+    if wanted.shape != got.shape:
+        return False
+    a, b = wanted.double(), got.double()
+    near = min(_SAME, max(_LEAST, _SHARE * _largest(a)))
+    # A large constant, as for what is masked, has no noise.
+    near = max(near, _NOISE * _largest(a[a != b]))
+    return torch.allclose(a, b, rtol=0, atol=near, equal_nan=True)
+
+
+def _largest(x: Tensor) -> float:
+    finite = x[x.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ from carousel_export.signature import Signature, State
 
 # Frames of an experiment, at least; an axis with as many entries is time.
 _FRAMES = 23
-_CUTS = (1, 2, 5, 3, 1, 7, 4)
+# Those of the one that looks for code which mixes time only from some frame on.
+_LONG = 300
+_CUTS = (1, 2, 5, 3, 1, 7, 4, 60, 8, 130)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ def find_policies(reference: Reference, draw: Draw) -> Findings:
         name = lifted.whole_sequence[0].name
         what = "a direction runs backwards" if lifted.bidirectional else f"{_who_pads(padded)} ahead"
         return Findings((Full,), padded, f"output {name!r} has one value for the sequence, and {what}")
+    if culprit := _mixes_time(streamed, draw, ahead=right > 0 or lifted.bidirectional, least=_LONG):
+        return Findings((Full,), padded, f"{culprit} mixes frames outside the recurrent layers in long sequences")
     if right:
         found = replace(lifted, right_context=right)
         frames = "frame" if right == 1 else "frames"
@@ -126,8 +130,7 @@ def _right_context(streamed: Reference, draw: Draw) -> tuple[int, str]:
     with Recorder(streamed.eager.module) as whole:
         wanted = streamed.run_pieces(stream, [Piece(0, frames)], framewise=True)
     for ahead in range(sum(padding.right for padding in paddings) + 1):
-        cuts = Causal().pieces(frames, _CUTS)
-        pieces = [Piece(cut.start, cut.block, min(ahead, frames - cut.start - cut.block)) for cut in cuts]
+        pieces = _pieces(frames, ahead)
         with Recorder(streamed.eager.module) as cut_up:
             got = _try_pieces(streamed, stream, pieces, framewise=True)
         if _agree(wanted, got):
@@ -135,19 +138,31 @@ def _right_context(streamed: Reference, draw: Draw) -> tuple[int, str]:
     return 0, name_culprit(whole.records, cut_up.records, pieces)
 
 
-def _mixes_time(streamed: Reference, draw: Draw, *, ahead: bool) -> str:
-    """The code that mixes frames around the recurrent layers as they are, in words; empty where there is none."""
-    (frames,) = streamed.eager.free_sizes(1, _FRAMES)
+def _mixes_time(streamed: Reference, draw: Draw, *, ahead: bool, least: int = _FRAMES) -> str:
+    """The code that mixes frames around the recurrent layers as they are, in words; empty where there is none.
+
+    A value for the sequence is one for the sequence so far, after each piece.
+    """
+    (frames,) = streamed.eager.free_sizes(1, least)
     stream = draw.stream(frames)
-    pieces = [
-        Piece(piece.start, piece.block, frames - piece.start - piece.block if ahead else 0)
-        for piece in Causal().pieces(frames, _CUTS)
-    ]
-    with Recorder(streamed.eager.module) as whole:
-        wanted = streamed.run(stream, Full())
-    with Recorder(streamed.eager.module) as cut:
-        got = _try_pieces(streamed, stream, pieces, lookahead=ahead)
-    return "" if _agree(wanted, got) else name_culprit(whole.records, cut.records, pieces)
+    pieces = _pieces(frames, frames if ahead else 0)
+    runs_along = streamed.signature.whole_sequence and not ahead and least == _FRAMES
+    for count in range(1 if runs_along else len(pieces), len(pieces) + 1):
+        end = pieces[count - 1].start + pieces[count - 1].block
+        so_far = replace(stream, inputs=tuple(x[:end] for x in stream.inputs))
+        with Recorder(streamed.eager.module) as whole:
+            wanted = streamed.run(so_far, Full())
+        with Recorder(streamed.eager.module) as cut:
+            got = _try_pieces(streamed, so_far, pieces[:count], lookahead=ahead)
+        if not _agree(wanted, got):
+            return name_culprit(whole.records, cut.records, pieces[:count])
+    return ""
+
+
+def _pieces(frames: int, ahead: int) -> list[Piece]:
+    """A stream cut into pieces of many sizes, each with what there is of the frames ahead; the last is one frame."""
+    cuts = [*Causal().pieces(frames - 1, _CUTS), Piece(frames - 1, 1)]
+    return [Piece(cut.start, cut.block, min(ahead, frames - cut.start - cut.block)) for cut in cuts]
 
 
 def _try_pieces(streamed: Reference, stream: Stream, pieces: Sequence[Piece], **how: bool) -> Answer | None:
@@ -207,6 +222,6 @@ def _is_ragged(reference: Reference, draw: Draw) -> bool:
     for port, y, *wanted in zip(signature.outputs, together, *alone, strict=True):
         for row, (value, length) in enumerate(zip(wanted, lengths, strict=True)):
             got = port.fetch(y)[row]
-            if not same(got[:length] if port.timed else got, value):
+            if not same(value, got[:length] if port.timed else got):
                 return False
     return True

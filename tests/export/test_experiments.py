@@ -48,6 +48,26 @@ def same(x: Tensor) -> Tensor:
     return x
 
 
+class Answering(nn.Module):
+    """An LSTM of one or two directions, and code for its frames and a linear layer."""
+
+    def __init__(
+        self, answer: Callable[[nn.Linear, Tensor], Tensor], *, bidirectional: bool = False, classes: int = 3
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.answer = answer
+        self.lstm = nn.LSTM(5, 8, batch_first=True, bidirectional=bidirectional)
+        self.fc = nn.Linear(16 if bidirectional else 8, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.answer(self.fc, self.lstm(x)[0])
+
+
+def times(y: Tensor) -> Tensor:
+    return torch.arange(y.shape[1])[None, :, None]
+
+
 def find(model: nn.Module) -> Findings:
     eager = Eager(model)
     signature = find_signature(eager, (X,))
@@ -76,6 +96,73 @@ def test_what_mixes_time_is_named(case: str) -> None:
     assert findings.policies == (cx.Full,)
     assert findings.reason == f"{name} mixes frames outside the recurrent layers"
     assert findings.reason in findings.notes
+
+
+LATE: dict[str, Callable[[nn.Linear, Tensor], Tensor]] = {
+    "after 30 frames": lambda fc, y: fc(y) + (times(y) - 30).clamp(min=0) * 0.1,
+    "every 24 frames": lambda fc, y: fc(y) + times(y) // 24,
+}
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("case", LATE)
+def test_what_mixes_time_late(case: str, *, bidirectional: bool) -> None:
+    """Code that mixes frames in long sequences alone is found too."""
+    findings = find(Answering(LATE[case], bidirectional=bidirectional))
+    assert findings.policies == (cx.Full,)
+    assert findings.reason == (
+        "the code of Answering.forward after fc (Linear) mixes frames outside the recurrent layers in long sequences"
+    )
+
+
+MISSED: dict[str, tuple[Callable[[nn.Linear, Tensor], Tensor], int]] = {
+    "the last two frames": (lambda fc, y: fc(y[:, -2:].sum(1)), 3),
+    "the last three frames": (lambda fc, y: fc(y[:, -3:].mean(1)), 3),
+    "the last four frames": (lambda fc, y: fc(y[:, -4:].amax(1)), 3),
+    "the last frame but one": (lambda fc, y: fc(y[:, max(y.shape[1] - 2, 0)]), 3),
+    "small values": (lambda fc, y: fc(y + y.mean(1, keepdim=True)) * 2e-4, 3),
+    "values beside a large constant": (
+        lambda fc, y: fc(y + y.mean(1, keepdim=True)).masked_fill(torch.tensor([False, True, False]), -1e9),
+        3,
+    ),
+    "many classes": (lambda fc, y: fc(y - y.mean(1, keepdim=True)).softmax(-1), 3000),
+}
+
+
+@pytest.mark.parametrize("case", MISSED)
+def test_what_mixes_few_frames_or_small_values(case: str) -> None:
+    """A value for the sequence that needs more than the last frame is found, as is mixing below small values."""
+    answer, classes = MISSED[case]
+    findings = find(Answering(answer, classes=classes))
+    assert findings.policies == (cx.Full,)
+    assert findings.reason.endswith("mixes frames outside the recurrent layers")
+
+
+HONEST: dict[str, tuple[Callable[[nn.Linear, Tensor], Tensor], int]] = {
+    "a value a frame": (lambda fc, y: fc(y), 3),
+    "the last frame": (lambda fc, y: fc(y[:, -1]), 3),
+    "small values": (lambda fc, y: fc(y) * 2e-4, 3),
+    "tiny values": (lambda fc, y: fc(y) * 1e-9, 3),
+    "large values": (lambda fc, y: fc(y) * 1e4, 3),
+    "values that cancel out": (lambda fc, y: fc(y * 0.1) - y @ fc.weight.mT * 0.1 - fc.bias, 3),
+    "many classes": (lambda fc, y: fc(y).softmax(-1), 3000),
+    "a large constant": (lambda fc, y: fc(y).masked_fill(torch.tensor([False, True, False]), -1e9), 3),
+    "infinities": (lambda fc, y: fc(y).masked_fill(torch.tensor([False, True, False]), -torch.inf), 3),
+}
+
+
+@pytest.mark.parametrize("case", HONEST)
+def test_what_mixes_none_keeps_its_policies(case: str) -> None:
+    """The noise of small, large and odd values is not taken for mixing."""
+    answer, classes = HONEST[case]
+    findings = find(Answering(answer, classes=classes))
+    assert findings.policies == (cx.Causal, cx.Carry, cx.Full)
+    assert not findings.reason
+    assert findings.ragged
+    findings = find(Answering(answer, bidirectional=True, classes=classes))
+    one = case == "the last frame"
+    assert findings.policies == ((cx.Full,) if one else (cx.Carry, cx.Lookahead, cx.Full))
+    assert bool(findings.reason) == one
 
 
 @pytest.mark.parametrize(
