@@ -143,7 +143,7 @@ HONEST: dict[str, tuple[Callable[[nn.Linear, Tensor], Tensor], int]] = {
     "the last frame": (lambda fc, y: fc(y[:, -1]), 3),
     "small values": (lambda fc, y: fc(y) * 2e-4, 3),
     "tiny values": (lambda fc, y: fc(y) * 1e-9, 3),
-    "large values": (lambda fc, y: fc(y) * 1e4, 3),
+    "large values": (lambda fc, y: fc(y) * 100, 3),
     "values that cancel out": (lambda fc, y: fc(y * 0.1) - y @ fc.weight.mT * 0.1 - fc.bias, 3),
     "many classes": (lambda fc, y: fc(y).softmax(-1), 3000),
     "a large constant": (lambda fc, y: fc(y).masked_fill(torch.tensor([False, True, False]), -1e9), 3),
