@@ -77,6 +77,23 @@ class Calling:
 
         return [pytree.tree_map(place, argument) for argument in self.layout]
 
+    @property
+    def takes_lengths(self) -> bool:
+        """Whether forward is given its rows' lengths."""
+        return any(isinstance(leaf, Lengths) for leaf in pytree.tree_leaves(list(self.layout or ())))
+
+    def for_rows(self, rows: int) -> "Calling":
+        """The same with states for so many rows."""
+
+        def fit(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            axis = leaf.dim() - 2
+            return leaf.narrow(axis, 0, 1).repeat_interleave(rows, axis)
+
+        layout = None if self.layout is None else tuple(pytree.tree_map(fit, part) for part in self.layout)
+        return replace(self, layout=layout)
+
     def results(self, tree: Any) -> Any:
         """Forward's results without the states."""
         if not self.dropped:

@@ -18,7 +18,7 @@ from carousel_export.calling import Calling, Seen, Trace, draws, find_calling, f
 from carousel_export.crf import return_tensors
 from carousel_export.errors import ExampleError, ExportError, ModelError, one_line
 from carousel_export.fold import copy_module, fold
-from carousel_export.packing import Packed, Packing, repack, unpack
+from carousel_export.packing import Given, Packed, Packing, repack, unpack
 from carousel_export.recurrent import Layer, States, as_hx, as_states, find_cells, find_recurrent, kind_of
 
 log = logging.getLogger(__name__)
@@ -194,6 +194,23 @@ class Eager:
         finally:
             for module in self.recurrent.values():
                 del module.__dict__["forward"]
+
+    def packed(self, inputs: Sequence[Tensor], lengths: Tensor | None = None) -> tuple[Given, ...]:
+        """What it packs with on these inputs; else as `run`."""
+        packing = Packing(lengths)
+        self.run_tree(inputs, plain, packing)
+        return tuple(packing.given)
+
+    def run_untouched(self, inputs: Sequence[Tensor], lengths: Tensor | None = None) -> list[Tensor]:
+        """The model's outputs, flattened, with nothing answered in PyTorch's stead, packing neither."""
+        calling = self.calling.for_rows(1 if lengths is None else len(lengths))
+        try:
+            with torch.no_grad():
+                return pytree.tree_leaves(calling.results(self.module(*calling.arguments(inputs, lengths))))
+        except Exception as error:
+            raise ModelError(
+                f"{self.name} fails where it packs whole sequences: {one_line(error)}; pack by the input's own lengths"
+            ) from error
 
     def try_run(self, inputs: Sequence[Tensor], handler: Handler = plain) -> list[Tensor] | None:
         """`run`, or None where the model fails on such inputs: for experiments."""

@@ -25,6 +25,7 @@ from carousel_export.loops.written import without_loops
 from carousel_export.manifest import describe
 from carousel_export.measure import BOUND, measure_variants, start_variants
 from carousel_export.names import check_example, input_names_of
+from carousel_export.packed import check_packed
 from carousel_export.padding import FRAMES
 from carousel_export.policies import Lookahead, Policy, from_message
 from carousel_export.quiet import undisturbed
@@ -99,6 +100,7 @@ def export(
         linked = find_links(signature, links or {}, Path(out))
         reference = Reference(eager, signature)
         draw = Draw(signature, example_samples(signature, example), given_streams(signature, data))
+        check_packed(eager, draw, example)
         findings = find_policies(Reference(eager, signature, rolled=True), draw)
         signature = findings.signature
         reference = Reference(eager, signature)

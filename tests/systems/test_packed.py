@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import carousel_client as cc
 import carousel_export as cx
 
-pytestmark = pytest.mark.system("13", "pack_padded_sequence and pad_packed_sequence, lengths given or computed")
+pytestmark = pytest.mark.system("13", "pack_padded_sequence and pad_packed_sequence, lengths given")
 
 
 class Tagger(nn.Module):
@@ -33,26 +33,6 @@ class Tagger(nn.Module):
         return self.fc(y)
 
 
-class Counting(nn.Module):
-    """Counts its words itself, 0 being padding, and takes the largest of each feature, or the last state."""
-
-    def __init__(self, *, last: bool) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(9, 5, padding_idx=0)
-        self.lstm = nn.LSTM(5, 6, batch_first=True, bidirectional=True)
-        self.fc = nn.Linear(12, 3)
-        self.last = last
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        lengths = (tokens != 0).sum(1).clamp(min=1)
-        packed = pack_padded_sequence(self.embedding(tokens), lengths, batch_first=True, enforce_sorted=False)
-        y, (h, _) = self.lstm(packed)
-        if self.last:
-            return self.fc(torch.cat([h[0], h[1]], dim=1))
-        padded, _ = pad_packed_sequence(y, batch_first=True, padding_value=float("-inf"))
-        return self.fc(padded.max(dim=1).values)
-
-
 def make(build: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(6)
     return build().eval()
@@ -63,7 +43,6 @@ TAGGERS = {
     "batch-first": make(lambda: Tagger(batch_first=True, enforce_sorted=False, bidirectional=True)),
     "causal": make(lambda: Tagger(batch_first=True, enforce_sorted=True, bidirectional=False)),
 }
-COUNTING = {"largest": make(lambda: Counting(last=False)), "last": make(lambda: Counting(last=True))}
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +51,6 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cc.Client]:
     for name, model in TAGGERS.items():
         x = torch.randn(3, 4, 5) if model.options["batch_first"] else torch.randn(4, 3, 5)
         cx.export(model, (x, torch.tensor([4, 2, 1])), name=name, out=folder)
-    for name, model in COUNTING.items():
-        cx.export(model, torch.tensor([[3, 4, 1, 2], [5, 8, 0, 0], [7, 6, 2, 0]]), name=name, out=folder)
     with serving(folder) as server, cc.connect(server.address) as connected:
         yield connected
 
@@ -104,12 +81,3 @@ def test_packed_layers_stream(client: cc.Client) -> None:
     with client.session("causal") as session:
         found = np.concatenate(list(session.stream([chunk.numpy() for chunk in torch.split(x, 7)])))
     assert_near(found, eager(TAGGERS["causal"], x))
-
-
-@pytest.mark.parametrize("name", COUNTING)
-def test_lengths_that_forward_computes(client: cc.Client, name: str) -> None:
-    """Lengths computed from the input give way to the session's, and padding leaks into no pool and no last state."""
-    rows = [torch.randint(1, 9, (length,)) for length in LENGTHS]
-    with torch.no_grad():
-        for row, answer in zip(rows, infer_together(client, name, rows), strict=True):
-            assert_near(answer["output"], COUNTING[name](row[None])[0])
