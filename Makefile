@@ -49,7 +49,7 @@ format: $(READY) ## Put the code in its form
 systems: $(READY) ## Write README's table of supported models from the tests that prove it
 	@$(BIN)/python -m tests.support.systems > /dev/null
 
-bench: $(READY) ## Carousel, servers by hand and the raw onnxruntime call side by side; under ten minutes
+bench: $(READY) ## Carousel, servers by hand and the raw onnxruntime call side by side
 	@$(BIN)/python -m bench.run
 
 protos: $(READY) ## Generate Python from the .proto files
