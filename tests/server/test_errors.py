@@ -347,3 +347,22 @@ async def test_a_chunk_whose_stream_ended_before_its_step_does_not_move_the_stat
         await asyncio.sleep(0.2)
         assert (await busy.ask(open_item("late", "tagger", resume=True))).opened.next_index == 0
     assert server.engine.catalogue.get("tagger").steps.counters.rows == 1
+
+
+@pytest.mark.settings(idle_timeout_s=0.4)
+async def test_a_session_is_in_use_until_its_answer(channel: grpc.aio.Channel, server: Server, monkeypatch):
+    """Idleness counts from the last answer: a step that outlasts the timeout does not expire the session after it."""
+    runner = server.engine.catalogue.get("tagger").steps._runner
+    run = runner.run
+
+    def slowly(step):
+        time.sleep(0.8)
+        return run(step)
+
+    monkeypatch.setattr(runner, "run", slowly)
+    async with RawStream(channel) as stream:
+        await stream.ask(open_item("s", "tagger", policy=policy("carry")))
+        assert (await stream.ask(chunk_item("s", 0, GOOD))).HasField("result")
+        monkeypatch.undo()
+        await asyncio.sleep(0.15)
+        assert (await stream.ask(chunk_item("s", 1, GOOD))).HasField("result")

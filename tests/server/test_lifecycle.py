@@ -318,3 +318,15 @@ async def test_drain_answers_requests_that_run_and_refuses_new_ones(config: Serv
             assert (await late.receive()).HasField("going_away")
         assert len((await running).tensors) == 1
         await asyncio.wait_for(stopping, 10)
+
+
+async def test_what_is_served_needs_its_folder_no_more(models: Path, tmp_path: Path):
+    """With the models folder gone for a moment, loaded models are opened and listed as before."""
+    folder = tmp_path / "models"
+    shutil.copytree(models, folder)
+    config = ServerConfig(models=folder, listen="127.0.0.1:0", drain_timeout_s=0)
+    async with serving(config) as server, grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:  # noqa: SIM117
+        async with RawStream(channel) as stream:
+            folder.rename(tmp_path / "away")
+            assert (await stream.ask(open_item("s", "tagger"))).HasField("opened")
+            assert len((await CarouselStub(channel).ListModels(pb.ListModelsRequest())).models) == 2
