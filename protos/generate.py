@@ -5,6 +5,7 @@ protoc derives Python import paths from the .proto's own path (`carousel.v1`), w
 """
 
 import argparse
+import re
 import sys
 import tempfile
 from importlib.resources import files
@@ -30,12 +31,11 @@ def generate(into: Path) -> dict[str, str]:
         sys.exit("protoc failed: its message is above")
     generated = {}
     for path in sorted(into.glob("carousel/v1/*_pb2*.py*")):
-        if path.name.startswith("manifest_pb2_grpc"):  # it declares no service
+        if path.name.startswith(("manifest_pb2_grpc", "state_pb2_grpc")):  # they declare no service
             continue
         text = path.read_text().replace("from carousel.v1 import", "from carousel_protos.v1 import")
-        generated[path.name] = text.replace("import carousel.v1.", "import carousel_protos.v1.").replace(
-            " carousel.v1.manifest_pb2", " carousel_protos.v1.manifest_pb2"
-        )
+        text = text.replace("import carousel.v1.", "import carousel_protos.v1.")
+        generated[path.name] = re.sub(r" carousel\.v1\.(\w+_pb2)", r" carousel_protos.v1.\1", text)
     return generated
 
 
