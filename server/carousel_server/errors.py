@@ -93,6 +93,22 @@ class InputRejectedError(InvalidError):
     reason = "INPUT_REJECTED"
 
 
+class UnauthenticatedError(CarouselError):
+    """No credentials, or wrong ones."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class ForbiddenError(CarouselError):
+    reason = "PERMISSION_DENIED"
+
+
+class NotOwnerError(ForbiddenError):
+    """Somebody else's session."""
+
+    reason = "NOT_OWNER"
+
+
 class ExhaustedError(CarouselError):
     reason = "RESOURCE_EXHAUSTED"
 

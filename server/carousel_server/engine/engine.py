@@ -46,30 +46,36 @@ class Engine:
         initial_state: dict[str, Array],
         context: dict[str, Array],
         variant: str = "",
+        owner: str = "",
     ) -> tuple[Session, Model]:
         """A new session, or with `resume` one that is there, whose answers go to `sink`.
 
         `initial_state` by the states' input names, `context` an array `[…]` for each of the model's contexts.
+        `owner` is who asks, here and below: a session is only its owner's.
         """
         now = time.monotonic()
         if resume:
-            resident = self.sessions.find(session_id)
+            resident = self.sessions.find(session_id, owner)
             _check_same(resident, model, version, policy)
             self.sessions.resume(resident, sink, now)
             return resident.session, resident.model
         self._refuse_if_draining()
         served = self.catalogue.get(model, version)
-        resident = self.sessions.open(served, session_id, policy, initial_state, context, sink, now, variant=variant)
+        resident = self.sessions.open(
+            served, session_id, policy, initial_state, context, sink, now, variant=variant, owner=owner
+        )
         return resident.session, served
 
-    def submit(self, sink: Sink, session_id: str, index: int, tensors: dict[str, Array], *, end: bool) -> None:
+    def submit(
+        self, sink: Sink, session_id: str, index: int, tensors: dict[str, Array], *, end: bool, owner: str = ""
+    ) -> None:
         """The session's next chunk, its arrays `[frames, …]` by input name; the answer goes to the sink."""
-        resident = self.sessions.use(session_id, sink, time.monotonic())
+        resident = self.sessions.use(session_id, sink, time.monotonic(), owner=owner)
         resident.model.submit(resident.session, index, tensors, end=end)
 
-    def close(self, sink: Sink, session_id: str) -> bool:
+    def close(self, sink: Sink, session_id: str, *, owner: str = "") -> bool:
         """Close once all is answered, which the sink is told; True where it was closed before, and the sink is not."""
-        return self.sessions.close(session_id, sink, time.monotonic())
+        return self.sessions.close(session_id, sink, time.monotonic(), owner=owner)
 
     def detach(self, sink: Sink) -> None:
         """A stream has ended: its sessions stay, until they are resumed or expire."""

@@ -65,6 +65,7 @@ class Model:
         context: dict[str, Array],
         *,
         variant: str = "",
+        owner: str = "",
     ) -> Session:
         """A session at its beginning.
 
@@ -95,6 +96,7 @@ class Model:
             slot=slot,
             limits=self._limits,
             context=given,
+            owner=owner,
         )
 
     def _check_state(self, initial_state: dict[str, Array]) -> None:

@@ -101,8 +101,11 @@ class Session:
         limits: Limits,
         context: Context = NO_CONTEXT,
         variant: str = "float32",
+        owner: str = "",
     ) -> None:
         self.id = session_id
+        # Who opened it, and may use it; "" on a server without authentication.
+        self.owner = owner
         self.outputs = outputs
         self.blocking = blocking
         self.context = context

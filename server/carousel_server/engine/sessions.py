@@ -1,6 +1,6 @@
 """Who is there: sessions by id, whose stream holds them, and how those that are gone went."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from uuid import uuid4
 
@@ -14,6 +14,7 @@ from carousel_server.errors import (
     CarouselError,
     FencedError,
     InvalidError,
+    NotOwnerError,
     SessionClosedError,
     SessionDetachedError,
     SessionExpiredError,
@@ -36,14 +37,26 @@ class Resident:
     last_used: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Gone:
+    """What is left of a session: whose it was, and what its owner is told."""
+
+    owner: str
+    error: CarouselError
+
+
 class Sessions:
-    """All sessions of a server. Time is passed in."""
+    """All sessions of a server. Time is passed in.
+
+    Whatever is asked of a session is asked by an `owner`, and refused with `NotOwnerError` where another opened it.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._residents: dict[str, Resident] = {}
         self._held: dict[Sink, dict[str, Session]] = {}
-        self._gone: OrderedDict[str, CarouselError] = OrderedDict()
+        self._gone: OrderedDict[str, _Gone] = OrderedDict()
+        self._owned: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._residents)
@@ -52,6 +65,10 @@ class Sessions:
     def attached(self) -> int:
         """Sessions that a stream holds."""
         return sum(map(len, self._held.values()))
+
+    def owned(self, owner: str) -> int:
+        """How many open sessions are this owner's."""
+        return self._owned[owner]
 
     def open(
         self,
@@ -64,24 +81,30 @@ class Sessions:
         now: float,
         *,
         variant: str = "",
+        owner: str = "",
     ) -> Resident:
         """A new session; an empty id is replaced by a new one.
 
-        Raises `AlreadyExistsError`, `InvalidError`, `TooManySessionsError`, and what `Model.open` raises.
+        Raises `AlreadyExistsError`, `NotOwnerError`, `InvalidError`, `TooManySessionsError`, and what `Model.open`
+        raises.
         """
         session_id = session_id or uuid4().hex
         if len(session_id) > _ID_LENGTH or not session_id.isprintable():
             raise InvalidError(f"a session id has at most {_ID_LENGTH} printable characters")
-        if session_id in self._residents:
+        if (gone := self._gone.get(session_id)) is not None:
+            _check_owner(session_id, gone, owner)
+        if (there := self._residents.get(session_id)) is not None:
+            _check_owner(session_id, there.session, owner)
             raise AlreadyExistsError(f"session {session_id} is open already; resume it, or choose another id")
         if len(self._residents) >= self._limits.max_sessions:
             raise TooManySessionsError(
                 f"{len(self._residents)} sessions are open and no more are allowed; close some, or try later",
                 retry_after_s=1.0,
             )
-        session = model.open(session_id, policy, initial_state, context, variant=variant)
+        session = model.open(session_id, policy, initial_state, context, variant=variant, owner=owner)
         self._attach(session, sink)
         self._gone.pop(session_id, None)
+        self._owned[owner] += 1
         resident = self._residents[session_id] = Resident(session, model, now)
         return resident
 
@@ -95,13 +118,12 @@ class Sessions:
         session.epoch += 1
         resident.last_used = now
 
-    def use(self, session_id: str, sink: Sink, now: float) -> Resident:
+    def use(self, session_id: str, sink: Sink, now: float, *, owner: str = "") -> Resident:
         """The session, for something that its own stream asks of it.
 
-        Raises `SessionNotFoundError`, `SessionExpiredError`, `SessionClosedError`, `FencedError`,
-        `SessionDetachedError`.
+        Raises what `find` raises, `FencedError`, `SessionDetachedError`.
         """
-        resident = self.find(session_id)
+        resident = self.find(session_id, owner)
         if resident.session.sink is not sink:
             if resident.session.sink is None:
                 raise SessionDetachedError(f"no stream holds session {session_id}; open it with resume first")
@@ -109,11 +131,12 @@ class Sessions:
         resident.last_used = now
         return resident
 
-    def close(self, session_id: str, sink: Sink, now: float) -> bool:
+    def close(self, session_id: str, sink: Sink, now: float, *, owner: str = "") -> bool:
         """Close a session once all that waits is answered; True where it was closed before."""
-        if isinstance(self._gone.get(session_id), SessionClosedError):
+        if (gone := self._gone.get(session_id)) is not None and isinstance(gone.error, SessionClosedError):
+            _check_owner(session_id, gone, owner)
             return True
-        resident = self.use(session_id, sink, now)
+        resident = self.use(session_id, sink, now, owner=owner)
         resident.session.close()
         if resident.session.closed:
             self.forget(resident.session)
@@ -158,12 +181,17 @@ class Sessions:
             resident.model.release(session)
         return len(expired)
 
-    def find(self, session_id: str) -> Resident:
-        """A session by its id. Raises `SessionNotFoundError`, `SessionExpiredError`, `SessionClosedError`."""
+    def find(self, session_id: str, owner: str = "") -> Resident:
+        """A session by its id.
+
+        Raises `NotOwnerError`, `SessionNotFoundError`, `SessionExpiredError`, `SessionClosedError`.
+        """
         if (resident := self._residents.get(session_id)) is not None:
+            _check_owner(session_id, resident.session, owner)
             return resident
-        if (error := self._gone.get(session_id)) is not None:
-            raise type(error)(str(error))
+        if (gone := self._gone.get(session_id)) is not None:
+            _check_owner(session_id, gone, owner)
+            raise type(gone.error)(str(gone.error))
         raise SessionNotFoundError(f"there is no session {shorten(session_id)!r}; open one first")
 
     def _attach(self, session: Session, sink: Sink) -> None:
@@ -176,7 +204,17 @@ class Sessions:
             session.sink = None
 
     def _bury(self, session_id: str, error: CarouselError) -> None:
-        self._loose(self._residents.pop(session_id).session)
-        self._gone[session_id] = error
+        session = self._residents.pop(session_id).session
+        self._loose(session)
+        self._owned[session.owner] -= 1
+        if not self._owned[session.owner]:
+            del self._owned[session.owner]
+        self._gone[session_id] = _Gone(session.owner, error)
         while len(self._gone) > _TOMBSTONES * self._limits.max_sessions:
             self._gone.popitem(last=False)
+
+
+def _check_owner(session_id: str, known: Session | _Gone, owner: str) -> None:
+    """Raise `NotOwnerError` where a session is, or was, another's."""
+    if known.owner != owner:
+        raise NotOwnerError(f"session {session_id} is not yours; open one under another id")

@@ -11,9 +11,11 @@ from carousel_server.errors import (
     CarouselError,
     ExhaustedError,
     FencedError,
+    ForbiddenError,
     InvalidError,
     NotFoundError,
     PreconditionError,
+    UnauthenticatedError,
     UnavailableError,
     shorten,
 )
@@ -29,6 +31,8 @@ _CODES = {
     InvalidError: Code.INVALID_ARGUMENT,
     ExhaustedError: Code.RESOURCE_EXHAUSTED,
     UnavailableError: Code.UNAVAILABLE,
+    UnauthenticatedError: Code.UNAUTHENTICATED,
+    ForbiddenError: Code.PERMISSION_DENIED,
 }
 
 
