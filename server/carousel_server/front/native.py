@@ -9,9 +9,9 @@ import numpy as np
 from carousel_protos.v1 import carousel_pb2 as pb
 from carousel_protos.v1.carousel_pb2_grpc import CarouselServicer
 from carousel_server.engine.catalogue import Entry
+from carousel_server.engine.codec import decode, encode
 from carousel_server.engine.engine import Engine
 from carousel_server.engine.model import Model
-from carousel_server.front.codec import decode, encode
 from carousel_server.front.stream import Context, StreamCall
 
 Unary = grpc.aio.ServicerContext[Any, Any]
