@@ -138,15 +138,31 @@ class Open(_message.Message):
     INITIAL_STATE_FIELD_NUMBER: _builtins.int
     CONTEXT_FIELD_NUMBER: _builtins.int
     VARIANT_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGED_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Empty: the server assigns one. A client that assigns its own may send chunks before Opened arrives."""
     model: _builtins.str
     version: _builtins.str
     """Empty: the newest that is served."""
     resume: _builtins.bool
-    """Take up a session that is already there, from the stream that holds it if one does."""
+    """Take up a session that is already there, from the stream that holds it if one does. It answers nothing by itself: the
+    client sends again, from the oldest chunk whose result it lacks (see Chunk.index); it need not wait for Opened.
+    """
     variant: _builtins.str
     """Of the bundle's graphs: "float32", "float16", "int8". Empty: the server's choice."""
+    holder: _builtins.str
+    """Random, chosen once by whoever opens or takes up the session. The holder that has the session may open it again, with
+    or without `resume`, and gets Opened: an Open whose answer was lost is sent again as it was. Without `resume` it is then
+    opened anew where it is not there, which is right as long as no result has arrived. Empty: each Open is another holder.
+    """
+    epoch: _builtins.int
+    """The last epoch that this holder was told. With it the session is not taken from another holder that has taken it up
+    since: FENCED.
+    """
+    acknowledged: _builtins.int
+    """As in Chunk."""
     @_builtins.property
     def policy(self) -> _manifest_pb2.Policy:
         """Absent: the bundle's default. A lookahead policy with block 0 takes the bundle's block and ahead."""
@@ -170,12 +186,22 @@ class Open(_message.Message):
         initial_state: _abc.Iterable[Global___Tensor] | None = ...,
         context: _abc.Iterable[Global___Tensor] | None = ...,
         variant: _builtins.str = ...,
+        holder: _builtins.str = ...,
+        epoch: _builtins.int | None = ...,
+        acknowledged: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_acknowledged", b"_acknowledged", "_epoch", b"_epoch", "acknowledged", b"acknowledged", "epoch", b"epoch", "policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "initial_state", b"initial_state", "model", b"model", "policy", b"policy", "resume", b"resume", "session_id", b"session_id", "variant", b"variant", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_acknowledged", b"_acknowledged", "_epoch", b"_epoch", "acknowledged", b"acknowledged", "context", b"context", "epoch", b"epoch", "holder", b"holder", "initial_state", b"initial_state", "model", b"model", "policy", b"policy", "resume", b"resume", "session_id", b"session_id", "variant", b"variant", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__acknowledged: _TypeAlias = _typing.Literal["acknowledged"]  # noqa: Y015
+    _WhichOneofArgType__acknowledged: _TypeAlias = _typing.Literal["_acknowledged", b"_acknowledged"]  # noqa: Y015
+    _WhichOneofReturnType__epoch: _TypeAlias = _typing.Literal["epoch"]  # noqa: Y015
+    _WhichOneofArgType__epoch: _TypeAlias = _typing.Literal["_epoch", b"_epoch"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__acknowledged) -> _WhichOneofReturnType__acknowledged | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epoch) -> _WhichOneofReturnType__epoch | None: ...
 
 Global___Open: _TypeAlias = Open  # noqa: Y015
 
@@ -187,11 +213,18 @@ class Chunk(_message.Message):
     INDEX_FIELD_NUMBER: _builtins.int
     TENSORS_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGED_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     index: _builtins.int
-    """Counts the session's chunks from 0."""
+    """Counts the session's chunks from 0. The next index runs. One before it whose result is kept is answered with that
+    result, bit for bit, and its tensors are not looked at; where it still runs, it is answered once it has. Any other
+    fails with the expected index. Kept are the results that were not acknowledged; of a session whose client never
+    acknowledges, the last one.
+    """
     end: _builtins.bool
     """No frames follow: everything that is held back is flushed."""
+    acknowledged: _builtins.int
+    """The results of all chunks before this index have arrived."""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]:
         """One tensor for each input of the model, [frames, …], all with the same number of frames. Frames may be 0 only
@@ -205,31 +238,44 @@ class Chunk(_message.Message):
         index: _builtins.int = ...,
         tensors: _abc.Iterable[Global___Tensor] | None = ...,
         end: _builtins.bool = ...,
+        acknowledged: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_acknowledged", b"_acknowledged", "acknowledged", b"acknowledged"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "index", b"index", "session_id", b"session_id", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_acknowledged", b"_acknowledged", "acknowledged", b"acknowledged", "end", b"end", "index", b"index", "session_id", b"session_id", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__acknowledged: _TypeAlias = _typing.Literal["acknowledged"]  # noqa: Y015
+    _WhichOneofArgType__acknowledged: _TypeAlias = _typing.Literal["_acknowledged", b"_acknowledged"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__acknowledged) -> _WhichOneofReturnType__acknowledged | None: ...
 
 Global___Chunk: _TypeAlias = Chunk  # noqa: Y015
 
 @_typing.final
 class Close(_message.Message):
+    """Asked of a session that is closed already, it is answered with Closed again. For a while the session's last results, those
+    that were not acknowledged, can still be had by `resume`.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGED_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
+    acknowledged: _builtins.int
+    """As in Chunk."""
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
+        acknowledged: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_acknowledged", b"_acknowledged", "acknowledged", b"acknowledged"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_acknowledged", b"_acknowledged", "acknowledged", b"acknowledged", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__acknowledged: _TypeAlias = _typing.Literal["acknowledged"]  # noqa: Y015
+    _WhichOneofArgType__acknowledged: _TypeAlias = _typing.Literal["_acknowledged", b"_acknowledged"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__acknowledged) -> _WhichOneofReturnType__acknowledged | None: ...
 
 Global___Close: _TypeAlias = Close  # noqa: Y015
 
@@ -301,14 +347,21 @@ class Opened(_message.Message):
     POLICY_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     VARIANT_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     epoch: _builtins.int
     next_index: _builtins.int
-    """The index that the session expects next: 0 for a new one."""
+    """The index that the session expects next: 0 for a new one. The chunks before it have run or are running, and those whose
+    results were not acknowledged are answered when they are sent again.
+    """
     version: _builtins.str
     """The version that serves this session."""
     variant: _builtins.str
     """The variant that it runs on."""
+    window: _builtins.int
+    """Chunks that may be sent beyond those acknowledged; one more is refused, RESOURCE_EXHAUSTED. At least 8, which is what a
+    client may send before it has read this.
+    """
     @_builtins.property
     def policy(self) -> _manifest_pb2.Policy: ...
     def __init__(
@@ -320,10 +373,11 @@ class Opened(_message.Message):
         policy: _manifest_pb2.Policy | None = ...,
         version: _builtins.str = ...,
         variant: _builtins.str = ...,
+        window: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "next_index", b"next_index", "policy", b"policy", "session_id", b"session_id", "variant", b"variant", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "next_index", b"next_index", "policy", b"policy", "session_id", b"session_id", "variant", b"variant", "version", b"version", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -331,7 +385,9 @@ Global___Opened: _TypeAlias = Opened  # noqa: Y015
 
 @_typing.final
 class Result(_message.Message):
-    """The answer to one chunk: the frames that became final with it, possibly none."""
+    """The answer to one chunk: the frames that became final with it, possibly none. On each stream there is one for each chunk
+    sent on it that did not fail, in order.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
