@@ -31,7 +31,7 @@ def generate(into: Path) -> dict[str, str]:
         sys.exit("protoc failed: its message is above")
     generated = {}
     for path in sorted(into.glob("carousel/v1/*_pb2*.py*")):
-        if path.name.startswith(("manifest_pb2_grpc", "state_pb2_grpc")):  # they declare no service
+        if "_pb2_grpc" in path.name and not path.name.startswith("carousel_pb2_grpc"):  # the one file with a service
             continue
         text = path.read_text().replace("from carousel.v1 import", "from carousel_protos.v1 import")
         text = text.replace("import carousel.v1.", "import carousel_protos.v1.")

@@ -10,6 +10,7 @@ from typing import Self
 
 from google.protobuf import json_format
 
+from carousel_protos.external import external_files
 from carousel_protos.v1.manifest_pb2 import File, Graph, Manifest, PolicyKind
 
 FORMAT = 1
@@ -26,7 +27,7 @@ class Bundle:
 
     Raises `BundleError` for a folder without a manifest, an unknown format, a manifest that lacks inputs, outputs,
     policies or a graph for one of them, a path that leaves the bundle, a file that is missing, and, with `check`, one
-    whose sha256 is not the manifest's.
+    whose sha256 is not the manifest's, and an ONNX file that reads one that the manifest does not list.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
@@ -68,6 +69,9 @@ class Bundle:
                 raise BundleError(
                     f"{file} is not the file that was exported (its sha256 differs); export the model again"
                 )
+        if check:
+            for graph in {graph.file for graph in manifest.graphs} - {manifest.torchscript}:
+                bundle._check_external(bundle.file(graph))
         return bundle
 
     def file(self, name: str) -> Path:
@@ -80,6 +84,21 @@ class Bundle:
         if not path.is_file():
             raise BundleError(f"{path} is missing; export the model again")
         return path
+
+    def _check_external(self, onnx: Path) -> None:
+        """Other files than the bundle's own are refused before anything opens them."""
+        try:
+            locations = external_files(onnx)
+        except ValueError as error:
+            raise BundleError(f"{onnx} cannot be read: {error}; export the model again") from error
+        for location in sorted(locations):
+            try:
+                self.file(location)
+            except BundleError as error:
+                raise BundleError(
+                    f"{onnx} takes weights from {location[:200]!r}: only files of the bundle's own, listed in its "
+                    f"manifest, are read; save the model with its weights inside"
+                ) from error
 
     def graph(self, kind: PolicyKind.ValueType, variant: str = "float32") -> Graph:
         """The graph that computes a policy in a variant."""

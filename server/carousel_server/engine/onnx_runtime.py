@@ -30,6 +30,8 @@ class OnnxRuntime:
         options.enable_mem_pattern = False
         # Spinning threads burn a core each at low load for a third of a millisecond.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # What was checked was read as ONNX; a file's name could ask for another format.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         options.log_severity_level = 3
         wanted = _PROVIDERS[device][0][0]
         if wanted not in ort.get_available_providers():
