@@ -18,6 +18,10 @@ _LIBRARIES: dict[RuntimeKind, tuple[str, str]] = {
 }
 
 
+# Chunks that every client may have under way, told or not: carousel.v1.Opened.window.
+LEAST_WINDOW = 8
+
+
 def require(kind: RuntimeKind) -> None:
     """Raise `ConfigError` where a runtime's library is not installed. Imports nothing."""
     library, extra = _LIBRARIES[kind]
@@ -36,7 +40,7 @@ class Limits:
     max_chunk_frames: int = 10_000
     # Frames that a session may hold that were not run yet: the whole sequence under `full`.
     max_buffered_frames: int = 100_000
-    # Chunks of a session that wait for their answer.
+    # Chunks of a session that wait for their answer, or whose answer its client has not acknowledged.
     max_pending_chunks: int = 64
     # Rows of Infer requests that wait for a step, over all requests to a model.
     max_pending_rows: int = 4_096
@@ -83,6 +87,11 @@ class ServerConfig(Limits):
         for name in Limits.__dataclass_fields__:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be greater than 0")
+        if self.max_pending_chunks < LEAST_WINDOW:
+            raise ConfigError(
+                f"max_pending_chunks is {self.max_pending_chunks}: it must be at least {LEAST_WINDOW}, which clients "
+                "may send before they are told"
+            )
         if not self.models.is_dir():
             raise ConfigError(
                 f"there is no model folder {self.models}: give the folder that `carousel export --out` wrote to"

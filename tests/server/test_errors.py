@@ -160,18 +160,18 @@ async def test_too_many_sessions(channel: grpc.aio.Channel):
         assert (await stream.ask(open_item("2", "tagger"))).HasField("opened")
 
 
-@pytest.mark.settings(max_pending_chunks=3)
+@pytest.mark.settings(max_pending_chunks=8)
 async def test_a_full_queue(channel: grpc.aio.Channel):
     """More chunks at once than may wait: those over it are RESOURCE_EXHAUSTED, those before are answered."""
     async with RawStream(channel) as stream:
         await stream.ask(open_item("s", "tagger", policy=policy("carry")))
-        await stream.send(*(chunk_item("s", index, GOOD) for index in range(6)))
-        items = [await stream.receive() for _ in range(6)]
+        await stream.send(*(chunk_item("s", index, GOOD) for index in range(11)))
+        items = [await stream.receive() for _ in range(11)]
         refused = [item.failed for item in items if item.HasField("failed")]
-        assert sorted(item.result.index for item in items if item.HasField("result")) == [0, 1, 2]
+        assert sorted(item.result.index for item in items if item.HasField("result")) == list(range(8))
         assert reason(refused[0].status) == "QUEUE_FULL"
         assert retry_info(refused[0].status) is not None
-        assert (await stream.ask(chunk_item("s", 3, GOOD))).result.index == 3
+        assert (await stream.ask(chunk_item("s", 8, GOOD))).result.index == 8
 
 
 @pytest.mark.settings(max_buffered_frames=10)

@@ -38,7 +38,7 @@ def _option(flag: str, field: str, help: str, kind: Any = None) -> Callable[[Any
 @_option("--max-buffered-frames", "max_buffered_frames", "Frames of a session that were not run yet.")
 @_option("--max-block-frames", "max_block_frames", "Frames of a causal chunk that are run at once.")
 @_option("--max-context-bytes", "max_context_bytes", "Bytes of context that a model's sessions hold together.")
-@_option("--max-pending-chunks", "max_pending_chunks", "Chunks of a session that wait for their answer.")
+@_option("--max-pending-chunks", "max_pending_chunks", "Chunks of a session that are not acknowledged; at least 8.")
 @_option("--max-pending-rows", "max_pending_rows", "Rows of infer calls that wait for a model.")
 @_option("--idle-timeout", "idle_timeout_s", "Seconds after which an unused session is forgotten.")
 @_option("--drain-timeout", "drain_timeout_s", "Seconds that open sessions are given to finish after SIGTERM.")

@@ -47,35 +47,54 @@ class Engine:
         context: dict[str, Array],
         variant: str = "",
         owner: str = "",
+        holder: str = "",
+        epoch: int | None = None,
+        acknowledged: int | None = None,
     ) -> tuple[Session, Model]:
         """A new session, or with `resume` one that is there, whose answers go to `sink`.
+
+        One that `holder` opened or took up last is taken up again, `resume` or not; with an `epoch`, no other's is.
 
         `initial_state` by the states' input names, `context` an array `[…]` for each of the model's contexts.
         `owner` is who asks, here and below: a session is only its owner's.
         """
         now = time.monotonic()
-        if resume:
-            resident = self.sessions.find(session_id, owner)
-            _check_same(resident, model, version, policy)
-            self.sessions.resume(resident, sink, now)
-            return resident.session, resident.model
+        there = self.sessions.reopened(session_id, owner, resume=resume, holder=holder, epoch=epoch)
+        if there is not None:
+            _check_same(there, model, version, policy)
+            self.sessions.resume(there, sink, now, holder)
+            there.session.acknowledge(acknowledged)
+            return there.session, there.model
         self._refuse_if_draining()
         served = self.catalogue.get(model, version)
         resident = self.sessions.open(
-            served, session_id, policy, initial_state, context, sink, now, variant=variant, owner=owner
+            served, session_id, policy, initial_state, context, sink, now, variant=variant, owner=owner, holder=holder
         )
         return resident.session, served
 
+    @property
+    def window(self) -> int:
+        """Chunks of a session that may be sent beyond those acknowledged."""
+        return self._config.max_pending_chunks
+
     def submit(
-        self, sink: Sink, session_id: str, index: int, tensors: dict[str, Array], *, end: bool, owner: str = ""
+        self,
+        sink: Sink,
+        session_id: str,
+        index: int,
+        tensors: dict[str, Array],
+        *,
+        end: bool,
+        owner: str = "",
+        acknowledged: int | None = None,
     ) -> None:
         """The session's next chunk, its arrays `[frames, …]` by input name; the answer goes to the sink."""
         resident = self.sessions.use(session_id, sink, time.monotonic(), owner=owner)
-        resident.model.submit(resident.session, index, tensors, end=end)
+        resident.model.submit(resident.session, index, tensors, end=end, acknowledged=acknowledged)
 
-    def close(self, sink: Sink, session_id: str, *, owner: str = "") -> bool:
+    def close(self, sink: Sink, session_id: str, *, owner: str = "", acknowledged: int | None = None) -> bool:
         """Close once all is answered, which the sink is told; True where it was closed before, and the sink is not."""
-        return self.sessions.close(session_id, sink, time.monotonic(), owner=owner)
+        return self.sessions.close(session_id, sink, time.monotonic(), owner=owner, acknowledged=acknowledged)
 
     def detach(self, sink: Sink) -> None:
         """A stream has ended: its sessions stay, until they are resumed or expire."""
@@ -111,7 +130,9 @@ class Engine:
     async def unload(self, model: str, version: str) -> list[Entry]:
         """Serve a model no more; see `Catalogue.unload`."""
         self._refuse_if_draining()
-        return await self.catalogue.unload(model, version)
+        entries = await self.catalogue.unload(model, version)
+        self.sessions.forget_answers([entry.model for entry in self.catalogue.entries() if entry.model is not None])
+        return entries
 
     def _refuse_if_draining(self) -> None:
         if self.draining:

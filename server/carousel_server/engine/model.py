@@ -111,19 +111,23 @@ class Model:
                     tensor=name,
                 )
 
-    def submit(self, session: Session, index: int, tensors: dict[str, Array], *, end: bool) -> None:
-        """Give a session its next chunk, `[frames, …]` by input name.
+    def submit(
+        self, session: Session, index: int, tensors: dict[str, Array], *, end: bool, acknowledged: int | None = None
+    ) -> None:
+        """Give a session its next chunk, `[frames, …]` by input name; those of one that is repeated are not looked at.
 
         Raises `TensorError`, and what `Session.accept` raises; then nothing was taken.
         """
-        frames = self.spec.check_chunk(
-            tensors,
-            end=end,
-            where=f"chunk {index} of session {session.id}",
-            max_frames=self._limits.max_chunk_frames,
-        )
-        arrays = tuple(tensors[port.name] for port in self.spec.inputs) if frames else ()
-        session.accept(index, arrays, frames, end=end)
+        frames, arrays = 0, tuple[Array, ...]()
+        if index == session.next_index:
+            frames = self.spec.check_chunk(
+                tensors,
+                end=end,
+                where=f"chunk {index} of session {session.id}",
+                max_frames=self._limits.max_chunk_frames,
+            )
+            arrays = tuple(tensors[port.name] for port in self.spec.inputs) if frames else ()
+        session.accept(index, arrays, frames, end=end, acknowledged=acknowledged)
         self.steps.add(session)
 
     def release(self, session: Session) -> None:

@@ -1,7 +1,7 @@
 """A session: puts chunks in order, answers a repeated one from memory, cuts blocks, and gathers each chunk's answer.
 
 It is pure: no clock, no I/O, no model. A chunk counts as done when it is answered; until then its frames stay, and the
-state before it can be put back, so a failure moves nothing.
+state before it can be put back, so a failure moves nothing. An answer stays until its client has acknowledged it.
 """
 
 from collections import deque
@@ -128,7 +128,13 @@ class Session:
         self._answered = 0  # frames whose answer was given; the frames kept start here
         self._run = 0
         self._ended = False
-        self._last: Result | None = None
+        # Whoever opened it or took it up last, by a name of its own choice; "" is nobody twice.
+        self.holder = ""
+        # The newest answers, in order, which may be asked for again; just the last one where none is acknowledged.
+        self._kept: list[Result] = []
+        self._acknowledged: int | None = None
+        # Chunks before this index were sent on the stream that holds it now: others' answers are not for it yet.
+        self._asked = 0
         self._value: tuple[bytes | None, ...] = (None,) * len(outputs)
 
     @property
@@ -145,25 +151,41 @@ class Session:
         """A block can be run."""
         return not self.closed and bool(self._pending) and self._run < self._pending[0].final
 
-    def accept(self, index: int, tensors: tuple[Array, ...], frames: int, *, end: bool) -> None:
-        """Take the next chunk, or answer the last one again.
+    @property
+    def kept(self) -> Sequence[Result]:
+        """The answers that may be asked for again."""
+        return self._kept
+
+    def resume(self, holder: str) -> None:
+        """Another stream has it from now on; it gets the answers to what is sent on it, again or for the first time."""
+        self.epoch += 1
+        self.holder = holder
+        self._asked = 0
+
+    def acknowledge(self, index: int | None) -> None:
+        """The answers to all chunks before `index` have arrived; None: the client has not said."""
+        if index is not None:
+            self._acknowledged = max(index, self._acknowledged or 0)
+            while self._kept and self._kept[0].index < index:
+                del self._kept[0]
+
+    def accept(
+        self, index: int, tensors: tuple[Array, ...], frames: int, *, end: bool, acknowledged: int | None = None
+    ) -> None:
+        """Take the next chunk, or answer one again whose answer is kept.
 
         Raises `IndexGapError`, `SessionClosedError`, `QueueFullError`, `TooLargeError`; then nothing was taken.
         """
-        if index == self._next_index - 1:
-            if self._last is not None and self._last.index == index:
-                self._deliver(self._last)
-            return  # not answered yet: its answer is on the way
+        self.acknowledge(acknowledged)
         if index != self._next_index:
-            raise IndexGapError(
-                f"session {self.id} expects chunk {self._next_index} and got {index}; send from {self._next_index}",
-                expected_index=self._next_index,
-            )
+            self._repeat(index)
+            return
         if self._closing or self._ended:
             raise SessionClosedError(f"session {self.id} has ended; open a new one", expected_index=self._next_index)
-        if len(self._pending) >= self._limits.max_pending_chunks:
+        unacknowledged = len(self._pending) + (len(self._kept) if self._acknowledged is not None else 0)
+        if unacknowledged >= self._limits.max_pending_chunks:
             raise QueueFullError(
-                f"session {self.id} has {self._limits.max_pending_chunks} chunks waiting; send on after an answer",
+                f"session {self.id} has {unacknowledged} chunks waiting or not acknowledged; send on after an answer",
                 retry_after_s=0.05,
                 expected_index=self._next_index,
             )
@@ -175,10 +197,22 @@ class Session:
         self._frames.push(tensors, frames)
         self._received += frames
         self._next_index += 1
+        self._asked = self._next_index
         self._ended = end
         final = self.blocking.final(self._received, ended=end)
         self._pending.append(_Pending(index, frames, self._received, final, end))
         self._answer()
+
+    def _repeat(self, index: int) -> None:
+        oldest_waiting = self._next_index - len(self._pending)
+        if not oldest_waiting - len(self._kept) <= index < self._next_index:
+            raise IndexGapError(
+                f"session {self.id} expects chunk {self._next_index} and got {index}; send from {self._next_index}",
+                expected_index=self._next_index,
+            )
+        self._asked = max(self._asked, index + 1)
+        if index < oldest_waiting:  # or else its answer is on the way
+            self._deliver(self._kept[index - oldest_waiting])
 
     def next_block(self) -> tuple[int, int]:
         """Frames and ahead frames of the block that is due."""
@@ -221,7 +255,10 @@ class Session:
     def withdraw(self, *, running: bool) -> None:
         """Forget the chunks of which no block was begun, as if they had never come; `running`: one is in a step now."""
         begun = running or (bool(self._pending) and bool(self._pending[0].blocks))
-        self._forget(list(self._pending)[begun:])
+        forgotten = list(self._pending)[begun:]
+        self._forget(forgotten)
+        if forgotten:
+            self._closing = False  # which was to come after them
         self._settle()
 
     def fail(self, error: CarouselError) -> None:
@@ -229,8 +266,10 @@ class Session:
         refused = list(self._pending)
         self._run = self._answered
         self._forget(refused)
-        self._deliver(Failure(self.id, error, refused[0].index))
-        for chunk in refused[1:]:
+        asked = [chunk for chunk in refused if chunk.index < self._asked]
+        if asked:
+            self._deliver(Failure(self.id, error, refused[0].index))
+        for chunk in asked[1:]:
             gap = IndexGapError(
                 f"chunk {chunk.index} of session {self.id} was dropped with chunk {refused[0].index}; "
                 f"send from {refused[0].index}",
@@ -257,11 +296,15 @@ class Session:
             frames = self._run - self._answered
             self._frames.drop_first(frames)
             data = tuple(self._join(position, port, chunk.blocks) for position, port in enumerate(self.outputs))
-            self._last = Result(self.id, chunk.index, self._answered, frames, data)
+            result = Result(self.id, chunk.index, self._answered, frames, data)
+            if self._acknowledged is None:
+                self._kept.clear()
+            self._kept.append(result)
             self._answered = self._run
             self._value = data
             self.rollback = None
-            self._deliver(self._last)
+            if chunk.index < self._asked:
+                self._deliver(result)
         self._settle()
 
     def _join(self, position: int, port: Port, blocks: list[tuple[bytes, ...]]) -> bytes | None:

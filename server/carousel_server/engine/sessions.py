@@ -1,6 +1,7 @@
 """Who is there: sessions by id, whose stream holds them, and how those that are gone went."""
 
 from collections import Counter, OrderedDict
+from collections.abc import Container
 from dataclasses import dataclass
 from uuid import uuid4
 
@@ -26,6 +27,8 @@ from carousel_server.errors import (
 _ID_LENGTH = 128
 # Sessions that are gone and still known by name, in multiples of those that may be open.
 _TOMBSTONES = 4
+# Bytes of answers that closed sessions leave behind, and what a closed session that leaves some counts for besides.
+_LATE_BYTES, _LATE_SESSION = 64 * 1024 * 1024, 4096
 
 
 @dataclass(slots=True)
@@ -56,6 +59,9 @@ class Sessions:
         self._residents: dict[str, Resident] = {}
         self._held: dict[Sink, dict[str, Session]] = {}
         self._gone: OrderedDict[str, _Gone] = OrderedDict()
+        # Of those that were closed, the ones whose client has not acknowledged every answer, with their bytes.
+        self._late: OrderedDict[str, tuple[Resident, int]] = OrderedDict()
+        self._late_bytes = 0
         self._owned: Counter[str] = Counter()
 
     def __len__(self) -> int:
@@ -64,7 +70,7 @@ class Sessions:
     @property
     def attached(self) -> int:
         """Sessions that a stream holds."""
-        return sum(map(len, self._held.values()))
+        return sum(not session.closed for held in self._held.values() for session in held.values())
 
     def owned(self, owner: str) -> int:
         """How many open sessions are this owner's."""
@@ -82,6 +88,7 @@ class Sessions:
         *,
         variant: str = "",
         owner: str = "",
+        holder: str = "",
     ) -> Resident:
         """A new session; an empty id is replaced by a new one.
 
@@ -102,27 +109,52 @@ class Sessions:
                 retry_after_s=1.0,
             )
         session = model.open(session_id, policy, initial_state, context, variant=variant, owner=owner)
+        session.holder = holder
+        self._forget_answers(session_id)
         self._attach(session, sink)
         self._gone.pop(session_id, None)
         self._owned[owner] += 1
         resident = self._residents[session_id] = Resident(session, model, now)
         return resident
 
-    def resume(self, resident: Resident, sink: Sink, now: float) -> None:
-        """Take up a session for another stream; the stream that held it is told that it is fenced."""
+    def reopened(self, session_id: str, owner: str, *, resume: bool, holder: str, epoch: int | None) -> Resident | None:
+        """The session that an Open takes up, closed ones with answers among them; None where it asks for a new one.
+
+        Raises what `find` raises, and `FencedError` where `epoch` says that the holder had it and another has it now.
+        """
+        late = self._late.get(session_id)
+        resident = late[0] if late is not None else self._residents.get(session_id)
+        if resident is None:
+            return self.find(session_id, owner) if resume else None
+        _check_owner(session_id, resident.session, owner)
+        if holder and holder == resident.session.holder:
+            return resident
+        if epoch is not None:
+            raise FencedError(f"another client has resumed session {session_id}; resume it anew to take it back")
+        return resident if resume else None
+
+    def resume(self, resident: Resident, sink: Sink, now: float, holder: str) -> None:
+        """Take up a session for another stream; the stream that held it is told that it is fenced.
+
+        Chunks that no step has begun are forgotten, as when a stream ends.
+        """
         session = resident.session
         if session.sink is not None and session.sink is not sink:
             session.sink.deliver(Failure(session.id, FencedError(f"a newer stream resumed session {session.id}")))
         self._loose(session)
         self._attach(session, sink)
-        session.epoch += 1
+        session.resume(holder)
+        resident.model.withdraw(session)
         resident.last_used = now
 
     def use(self, session_id: str, sink: Sink, now: float, *, owner: str = "") -> Resident:
         """The session, for something that its own stream asks of it.
 
-        Raises what `find` raises, `FencedError`, `SessionDetachedError`.
+        It may be closed, and have answers left. Raises what `find` raises, `FencedError`, `SessionDetachedError`.
         """
+        late = self._late.get(session_id)
+        if late is not None and late[0].session.sink is sink:
+            return late[0]
         resident = self.find(session_id, owner)
         if resident.session.sink is not sink:
             if resident.session.sink is None:
@@ -131,12 +163,19 @@ class Sessions:
         resident.last_used = now
         return resident
 
-    def close(self, session_id: str, sink: Sink, now: float, *, owner: str = "") -> bool:
+    def close(
+        self, session_id: str, sink: Sink, now: float, *, owner: str = "", acknowledged: int | None = None
+    ) -> bool:
         """Close a session once all that waits is answered; True where it was closed before."""
         if (gone := self._gone.get(session_id)) is not None and isinstance(gone.error, SessionClosedError):
             _check_owner(session_id, gone, owner)
+            if (late := self._late.get(session_id)) is not None and late[0].session.sink is sink:
+                late[0].session.acknowledge(acknowledged)
+                if not late[0].session.kept:
+                    self._forget_answers(session_id)
             return True
         resident = self.use(session_id, sink, now, owner=owner)
+        resident.session.acknowledge(acknowledged)
         resident.session.close()
         if resident.session.closed:
             self.forget(resident.session)
@@ -144,9 +183,19 @@ class Sessions:
         return False
 
     def forget(self, session: Session) -> None:
-        """A session has closed; a late word to it is told so. One that expired before stays expired."""
-        if session.id in self._residents:
-            self._bury(session.id, SessionClosedError(f"session {session.id} was closed; open a new one"))
+        """A session has closed; a late word to it is told so. One that expired before stays expired.
+
+        Answers that its client has not acknowledged stay for a while: it may have to ask for them again.
+        """
+        if (resident := self._residents.get(session.id)) is None:
+            return
+        self._bury(session.id, SessionClosedError(f"session {session.id} was closed; open a new one"))
+        if session.kept:
+            size = _LATE_SESSION + sum(len(data) for kept in session.kept for data in kept.data if data is not None)
+            self._late[session.id] = resident, size
+            self._late_bytes += size
+            while self._late_bytes > _LATE_BYTES:
+                self._forget_answers(next(iter(self._late)))
 
     def idle(self, sink: Sink) -> bool:
         """Whether no session that this stream holds waits for an answer."""
@@ -159,7 +208,8 @@ class Sessions:
         """
         for session in self._held.pop(sink, {}).values():
             session.sink = None
-            self._residents[session.id].model.withdraw(session)
+            if not session.closed:
+                self._residents[session.id].model.withdraw(session)
 
     def expire(self, now: float) -> int:
         """Forget the sessions that were idle for too long; how many these were."""
@@ -179,7 +229,14 @@ class Sessions:
                 session.sink.deliver(Failure(session.id, error))
             self._bury(session.id, error)
             resident.model.release(session)
+        for session_id in [name for name, (late, _) in self._late.items() if now - late.last_used >= limit]:
+            self._forget_answers(session_id)
         return len(expired)
+
+    def forget_answers(self, served: Container[Model]) -> None:
+        """Models were unloaded: what their closed sessions left goes with them."""
+        for session_id in [name for name, (late, _) in self._late.items() if late.model not in served]:
+            self._forget_answers(session_id)
 
     def find(self, session_id: str, owner: str = "") -> Resident:
         """A session by its id.
@@ -202,6 +259,12 @@ class Sessions:
         if session.sink is not None:
             del self._held[session.sink][session.id]
             session.sink = None
+
+    def _forget_answers(self, session_id: str) -> None:
+        late, size = self._late.pop(session_id, (None, 0))
+        if late is not None:
+            self._late_bytes -= size
+            self._loose(late.session)
 
     def _bury(self, session_id: str, error: CarouselError) -> None:
         session = self._residents.pop(session_id).session

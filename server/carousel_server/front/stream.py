@@ -9,6 +9,7 @@ from google.protobuf.message import DecodeError
 
 from carousel_protos.v1.carousel_pb2 import (
     Chunk,
+    Close,
     Failed,
     GoingAway,
     Open,
@@ -114,8 +115,7 @@ class StreamCall:
             elif kind == "chunk":
                 self._chunk(item.chunk)
             elif kind == "close":
-                if self._engine.close(self, item.close.session_id):
-                    self._send(ResponseItem(closed=ClosedMessage(session_id=item.close.session_id)))
+                self._close(item.close)
             else:
                 raise InvalidError("a request item holds nothing; put open, chunk or close into it")
         except CarouselError as error:
@@ -137,6 +137,9 @@ class StreamCall:
             initial_state=states,
             context=decode(asked.context, ()),
             variant=asked.variant,
+            holder=asked.holder,
+            epoch=asked.epoch if asked.HasField("epoch") else None,
+            acknowledged=_acknowledged(asked),
         )
         self._ports[session.id] = ([port.name for port in model.spec.inputs], session.outputs)
         opened = Opened(
@@ -146,13 +149,21 @@ class StreamCall:
             policy=session.blocking.message(),
             version=model.version,
             variant=session.variant,
+            window=self._engine.window,
         )
         self._send(ResponseItem(opened=opened))
 
     def _chunk(self, chunk: Chunk) -> None:
         names, _ = self._ports.get(chunk.session_id, ([], ()))
         tensors = decode(chunk.tensors, names)
-        self._engine.submit(self, chunk.session_id, chunk.index, tensors, end=chunk.end)
+        self._engine.submit(
+            self, chunk.session_id, chunk.index, tensors, end=chunk.end, acknowledged=_acknowledged(chunk)
+        )
+
+    def _close(self, asked: Close) -> None:
+        if self._engine.close(self, asked.session_id, acknowledged=_acknowledged(asked)):
+            self._ports.pop(asked.session_id, None)
+            self._send(ResponseItem(closed=ClosedMessage(session_id=asked.session_id)))
 
     async def _write(self) -> None:
         while True:
@@ -182,6 +193,10 @@ def _size(waiting: ResponseItem | Answer) -> int:
     if isinstance(waiting, ResponseItem):
         return _ITEM_BYTES
     return _ITEM_BYTES + sum(len(data) for data in waiting[0].data if data is not None)
+
+
+def _acknowledged(asked: Open | Chunk | Close) -> int | None:
+    return asked.acknowledged if asked.HasField("acknowledged") else None
 
 
 def _failed(session_id: str, error: CarouselError, index: int | None) -> Failed:
