@@ -146,7 +146,7 @@ def test_a_repeated_chunk_that_still_waits_is_answered_once():
 
 @pytest.mark.parametrize("index", [0, 3, 9])
 def test_a_gap_names_the_expected_index(index):
-    """Any index but the next and those that wait or are kept is refused with what was expected, and nothing is taken."""
+    """Any index but the next and those that wait or are kept is refused with what was expected; nothing is taken."""
     session, _ = open_session(Blocking(CAUSAL))
     for good in range(2):
         session.accept(good, (np.zeros(1, np.float32),), 1, end=False)
@@ -309,7 +309,7 @@ def test_the_window_bounds_what_is_kept():
 
 
 def test_a_stream_gets_the_answers_to_what_it_sent():
-    """A chunk that still ran when another stream took the session is answered where it is sent again, once, in order."""
+    """A chunk that still ran when another stream took the session is answered once it is sent again, in order."""
     session, _ = open_session(Blocking(CAUSAL))
     send_one(session, 0, acknowledged=0)
     run_due(session, [])
@@ -326,7 +326,7 @@ def test_a_stream_gets_the_answers_to_what_it_sent():
 
 
 def test_a_failure_of_what_a_stream_did_not_send_is_not_its():
-    """A chunk that fails for nobody is run again when it is sent again; no stale refusal meets the next of its index."""
+    """A chunk that fails for nobody runs again when it is sent again; no stale refusal meets the next of its index."""
     session, _ = open_session(Blocking(CAUSAL))
     send_one(session, 0, acknowledged=0)
     session.sink = newer = Collector()
