@@ -141,6 +141,15 @@ class ModelLoadingError(UnavailableError):
     reason = "MODEL_LOADING"
 
 
+class StoreError(UnavailableError):
+    """The store was not reached, is full or took too long; whether the call took effect is not known."""
+
+    reason = "STORE_UNAVAILABLE"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, retry_after_s=1.0)
+
+
 class StepError(CarouselError):
     """The model's run failed for a reason that is not this input's; the state has not moved."""
 
