@@ -15,6 +15,7 @@ from carousel_export import viterbi
 from carousel_export.axes import grow
 from carousel_export.eager import Eager
 from carousel_export.errors import GraphError, one_line
+from carousel_export.lean import lean
 from carousel_export.lift import LiftedModel, bind_onnx, lift
 from carousel_export.nodes import repeat
 from carousel_export.operators import OPSET, TRANSLATIONS
@@ -57,6 +58,7 @@ def write_graph(
             )
             assert program is not None, "with dynamo, the exporter returns a program"
             _separate_names(program.model.graph)
+            lean(program.model.graph)
             program.save(path, external_data=False)
     except Exception as error:
         raise GraphError(

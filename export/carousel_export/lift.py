@@ -172,6 +172,8 @@ class LiftedLayer(nn.RNNBase):
         assert frame.lengths_ahead is not None, "a frame with a split has lengths ahead"
         block, ahead = frame.parts(x)
         sides = sides_of(self)
+        # Each block starts the backward rows anew. Of one size they are one value, whatever the layer.
+        anew: dict[int, Tensor] = {}
         ended = []
         for layer in range(self.num_layers):
             ys, ys_ahead, rows = [], [], []
@@ -189,8 +191,7 @@ class LiftedLayer(nn.RNNBase):
                         some = (frame.lengths_ahead > 0).reshape(1, -1, 1)
                         handed = tuple(torch.where(some, h, s) for h, s in zip(handed, starts, strict=True))
                     y, states = self.run_layer(layer, side, block, frame.lengths, handed)
-                    # Each block starts the backward row anew.
-                    rows.append(starts or tuple(nn.functional.pad(s[:0], (0, 0, 0, 0, 0, 1)) for s in states))
+                    rows.append(starts or tuple(anew.setdefault(s.shape[2], torch.zeros_like(s)) for s in states))
                 ys.append(y)
                 ys_ahead.append(y_ahead)
             block, ahead = torch.cat(ys, dim=2), torch.cat(ys_ahead, dim=2)

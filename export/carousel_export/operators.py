@@ -171,6 +171,9 @@ def _define(kind: Kind) -> tuple[Callable[..., Any], Translation]:
 
     def translate(x: Any, w: Any, r: Any, *rest: Any) -> Any:
         y, *ends = kind.node(x, w, r, *rest)
+        if r.shape[0] == 1:
+            alone: Any = op.Constant(value_ints=[1])
+            return op.Squeeze(y, alone), *ends
         # Zeros keep a dimension as it is: time may be 0, where -1 could not be inferred.
         shape: Any = op.Constant(value_ints=[0, 0, r.shape[0] * r.shape[2]])
         return op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), shape), *ends
