@@ -63,6 +63,24 @@ class SessionDiffersError(PreconditionError):
     reason = "SESSION_DIFFERS"
 
 
+class StateFormatError(PreconditionError):
+    """A state that a newer version wrote."""
+
+    reason = "STATE_FORMAT"
+
+
+class ModelDiffersError(PreconditionError):
+    """A state of another model, or of other weights."""
+
+    reason = "MODEL_DIFFERS"
+
+
+class SignatureDiffersError(PreconditionError):
+    """A state whose tensors mean nothing to this model."""
+
+    reason = "SIGNATURE_DIFFERS"
+
+
 class SessionsOpenError(PreconditionError):
     reason = "SESSIONS_OPEN"
 
@@ -77,6 +95,12 @@ class InvalidError(CarouselError):
 
 class TensorError(InvalidError):
     reason = "BAD_TENSOR"
+
+
+class StateDamagedError(InvalidError):
+    """Bytes that are no session's state, or no longer."""
+
+    reason = "STATE_DAMAGED"
 
 
 class PolicyError(InvalidError):

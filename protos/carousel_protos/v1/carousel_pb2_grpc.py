@@ -45,6 +45,26 @@ class CarouselStub:
                 request_serializer=carousel_dot_v1_dot_carousel__pb2.InferRequest.SerializeToString,
                 response_deserializer=carousel_dot_v1_dot_carousel__pb2.InferResponse.FromString,
                 _registered_method=True)
+        self.GetState = channel.unary_unary(
+                '/carousel.v1.Carousel/GetState',
+                request_serializer=carousel_dot_v1_dot_carousel__pb2.GetStateRequest.SerializeToString,
+                response_deserializer=carousel_dot_v1_dot_carousel__pb2.GetStateResponse.FromString,
+                _registered_method=True)
+        self.PutState = channel.unary_unary(
+                '/carousel.v1.Carousel/PutState',
+                request_serializer=carousel_dot_v1_dot_carousel__pb2.PutStateRequest.SerializeToString,
+                response_deserializer=carousel_dot_v1_dot_carousel__pb2.PutStateResponse.FromString,
+                _registered_method=True)
+        self.Fork = channel.unary_unary(
+                '/carousel.v1.Carousel/Fork',
+                request_serializer=carousel_dot_v1_dot_carousel__pb2.ForkRequest.SerializeToString,
+                response_deserializer=carousel_dot_v1_dot_carousel__pb2.ForkResponse.FromString,
+                _registered_method=True)
+        self.ListSessions = channel.unary_unary(
+                '/carousel.v1.Carousel/ListSessions',
+                request_serializer=carousel_dot_v1_dot_carousel__pb2.ListSessionsRequest.SerializeToString,
+                response_deserializer=carousel_dot_v1_dot_carousel__pb2.ListSessionsResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/carousel.v1.Carousel/ListModels',
                 request_serializer=carousel_dot_v1_dot_carousel__pb2.ListModelsRequest.SerializeToString,
@@ -80,6 +100,34 @@ class CarouselServicer:
 
     def Infer(self, request, context):
         """Whole sequences, stateless; rows may have different lengths.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetState(self, request, context):
+        """A session's state, as of the chunk that was answered last; the session goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PutState(self, request, context):
+        """A new session from a state, here or from another server; a stream takes it up with `Open.resume`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Fork(self, request, context):
+        """A second session that goes on from where another one is; a stream takes it up with `Open.resume`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSessions(self, request, context):
+        """The caller's own sessions, by id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -122,6 +170,26 @@ def add_CarouselServicer_to_server(servicer, server):
                     servicer.Infer,
                     request_deserializer=carousel_dot_v1_dot_carousel__pb2.InferRequest.FromString,
                     response_serializer=carousel_dot_v1_dot_carousel__pb2.InferResponse.SerializeToString,
+            ),
+            'GetState': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetState,
+                    request_deserializer=carousel_dot_v1_dot_carousel__pb2.GetStateRequest.FromString,
+                    response_serializer=carousel_dot_v1_dot_carousel__pb2.GetStateResponse.SerializeToString,
+            ),
+            'PutState': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutState,
+                    request_deserializer=carousel_dot_v1_dot_carousel__pb2.PutStateRequest.FromString,
+                    response_serializer=carousel_dot_v1_dot_carousel__pb2.PutStateResponse.SerializeToString,
+            ),
+            'Fork': grpc.unary_unary_rpc_method_handler(
+                    servicer.Fork,
+                    request_deserializer=carousel_dot_v1_dot_carousel__pb2.ForkRequest.FromString,
+                    response_serializer=carousel_dot_v1_dot_carousel__pb2.ForkResponse.SerializeToString,
+            ),
+            'ListSessions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSessions,
+                    request_deserializer=carousel_dot_v1_dot_carousel__pb2.ListSessionsRequest.FromString,
+                    response_serializer=carousel_dot_v1_dot_carousel__pb2.ListSessionsResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -199,6 +267,114 @@ class Carousel:
             '/carousel.v1.Carousel/Infer',
             carousel_dot_v1_dot_carousel__pb2.InferRequest.SerializeToString,
             carousel_dot_v1_dot_carousel__pb2.InferResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/carousel.v1.Carousel/GetState',
+            carousel_dot_v1_dot_carousel__pb2.GetStateRequest.SerializeToString,
+            carousel_dot_v1_dot_carousel__pb2.GetStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/carousel.v1.Carousel/PutState',
+            carousel_dot_v1_dot_carousel__pb2.PutStateRequest.SerializeToString,
+            carousel_dot_v1_dot_carousel__pb2.PutStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fork(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/carousel.v1.Carousel/Fork',
+            carousel_dot_v1_dot_carousel__pb2.ForkRequest.SerializeToString,
+            carousel_dot_v1_dot_carousel__pb2.ForkResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSessions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/carousel.v1.Carousel/ListSessions',
+            carousel_dot_v1_dot_carousel__pb2.ListSessionsRequest.SerializeToString,
+            carousel_dot_v1_dot_carousel__pb2.ListSessionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,14 @@ class CarouselStub:
     """Many sessions on one stream, many items in one message, in both directions."""
     Infer: _grpc.UnaryUnaryMultiCallable[_carousel_pb2.InferRequest, _carousel_pb2.InferResponse]
     """Whole sequences, stateless; rows may have different lengths."""
+    GetState: _grpc.UnaryUnaryMultiCallable[_carousel_pb2.GetStateRequest, _carousel_pb2.GetStateResponse]
+    """A session's state, as of the chunk that was answered last; the session goes on."""
+    PutState: _grpc.UnaryUnaryMultiCallable[_carousel_pb2.PutStateRequest, _carousel_pb2.PutStateResponse]
+    """A new session from a state, here or from another server; a stream takes it up with `Open.resume`."""
+    Fork: _grpc.UnaryUnaryMultiCallable[_carousel_pb2.ForkRequest, _carousel_pb2.ForkResponse]
+    """A second session that goes on from where another one is; a stream takes it up with `Open.resume`."""
+    ListSessions: _grpc.UnaryUnaryMultiCallable[_carousel_pb2.ListSessionsRequest, _carousel_pb2.ListSessionsResponse]
+    """The caller's own sessions, by id."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_carousel_pb2.ListModelsRequest, _carousel_pb2.ListModelsResponse]
     GetModel: _grpc.UnaryUnaryMultiCallable[_carousel_pb2.GetModelRequest, _carousel_pb2.GetModelResponse]
     LoadModel: _grpc.UnaryUnaryMultiCallable[_carousel_pb2.LoadModelRequest, _carousel_pb2.LoadModelResponse]
@@ -52,6 +60,14 @@ class CarouselAsyncStub(CarouselStub):
     """Many sessions on one stream, many items in one message, in both directions."""
     Infer: _aio.UnaryUnaryMultiCallable[_carousel_pb2.InferRequest, _carousel_pb2.InferResponse]  # type: ignore[assignment]
     """Whole sequences, stateless; rows may have different lengths."""
+    GetState: _aio.UnaryUnaryMultiCallable[_carousel_pb2.GetStateRequest, _carousel_pb2.GetStateResponse]  # type: ignore[assignment]
+    """A session's state, as of the chunk that was answered last; the session goes on."""
+    PutState: _aio.UnaryUnaryMultiCallable[_carousel_pb2.PutStateRequest, _carousel_pb2.PutStateResponse]  # type: ignore[assignment]
+    """A new session from a state, here or from another server; a stream takes it up with `Open.resume`."""
+    Fork: _aio.UnaryUnaryMultiCallable[_carousel_pb2.ForkRequest, _carousel_pb2.ForkResponse]  # type: ignore[assignment]
+    """A second session that goes on from where another one is; a stream takes it up with `Open.resume`."""
+    ListSessions: _aio.UnaryUnaryMultiCallable[_carousel_pb2.ListSessionsRequest, _carousel_pb2.ListSessionsResponse]  # type: ignore[assignment]
+    """The caller's own sessions, by id."""
     ListModels: _aio.UnaryUnaryMultiCallable[_carousel_pb2.ListModelsRequest, _carousel_pb2.ListModelsResponse]  # type: ignore[assignment]
     GetModel: _aio.UnaryUnaryMultiCallable[_carousel_pb2.GetModelRequest, _carousel_pb2.GetModelResponse]  # type: ignore[assignment]
     LoadModel: _aio.UnaryUnaryMultiCallable[_carousel_pb2.LoadModelRequest, _carousel_pb2.LoadModelResponse]  # type: ignore[assignment]
@@ -76,6 +92,38 @@ class CarouselServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_carousel_pb2.InferResponse, _abc.Awaitable[_carousel_pb2.InferResponse]]:
         """Whole sequences, stateless; rows may have different lengths."""
+
+    @_abc_1.abstractmethod
+    def GetState(
+        self,
+        request: _carousel_pb2.GetStateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_carousel_pb2.GetStateResponse, _abc.Awaitable[_carousel_pb2.GetStateResponse]]:
+        """A session's state, as of the chunk that was answered last; the session goes on."""
+
+    @_abc_1.abstractmethod
+    def PutState(
+        self,
+        request: _carousel_pb2.PutStateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_carousel_pb2.PutStateResponse, _abc.Awaitable[_carousel_pb2.PutStateResponse]]:
+        """A new session from a state, here or from another server; a stream takes it up with `Open.resume`."""
+
+    @_abc_1.abstractmethod
+    def Fork(
+        self,
+        request: _carousel_pb2.ForkRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_carousel_pb2.ForkResponse, _abc.Awaitable[_carousel_pb2.ForkResponse]]:
+        """A second session that goes on from where another one is; a stream takes it up with `Open.resume`."""
+
+    @_abc_1.abstractmethod
+    def ListSessions(
+        self,
+        request: _carousel_pb2.ListSessionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_carousel_pb2.ListSessionsResponse, _abc.Awaitable[_carousel_pb2.ListSessionsResponse]]:
+        """The caller's own sessions, by id."""
 
     @_abc_1.abstractmethod
     def ListModels(

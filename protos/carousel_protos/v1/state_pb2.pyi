@@ -75,6 +75,9 @@ class SessionState(_message.Message):
     WAITING_FIELD_NUMBER: _builtins.int
     RESULTS_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGED_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     format: _builtins.int
     session_id: _builtins.str
     model: _builtins.str
@@ -96,6 +99,10 @@ class SessionState(_message.Message):
     """Frames whose answer was given."""
     ended: _builtins.bool
     """The sequence has ended: no frames follow."""
+    acknowledged: _builtins.int
+    """What a client that holds the session needs to go on with it, see Open: under the session's own id they are taken over."""
+    holder: _builtins.str
+    epoch: _builtins.int
     @_builtins.property
     def policy(self) -> _manifest_pb2.Policy: ...
     @_builtins.property
@@ -138,11 +145,16 @@ class SessionState(_message.Message):
         waiting: _abc.Iterable[_carousel_pb2.Tensor] | None = ...,
         results: _abc.Iterable[_carousel_pb2.Result] | None = ...,
         values: _abc.Iterable[_carousel_pb2.Tensor] | None = ...,
+        acknowledged: _builtins.int | None = ...,
+        holder: _builtins.str = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_acknowledged", b"_acknowledged", "acknowledged", b"acknowledged", "policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered", b"answered", "context", b"context", "ended", b"ended", "format", b"format", "model", b"model", "model_sha256", b"model_sha256", "next_index", b"next_index", "owner", b"owner", "policy", b"policy", "results", b"results", "session_id", b"session_id", "signature", b"signature", "states", b"states", "values", b"values", "variant", b"variant", "version", b"version", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_acknowledged", b"_acknowledged", "acknowledged", b"acknowledged", "answered", b"answered", "context", b"context", "ended", b"ended", "epoch", b"epoch", "format", b"format", "holder", b"holder", "model", b"model", "model_sha256", b"model_sha256", "next_index", b"next_index", "owner", b"owner", "policy", b"policy", "results", b"results", "session_id", b"session_id", "signature", b"signature", "states", b"states", "values", b"values", "variant", b"variant", "version", b"version", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__acknowledged: _TypeAlias = _typing.Literal["acknowledged"]  # noqa: Y015
+    _WhichOneofArgType__acknowledged: _TypeAlias = _typing.Literal["_acknowledged", b"_acknowledged"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__acknowledged) -> _WhichOneofReturnType__acknowledged | None: ...
 
 Global___SessionState: _TypeAlias = SessionState  # noqa: Y015

@@ -10,6 +10,7 @@ from carousel_protos.v1.manifest_pb2 import Policy
 from carousel_server.config import ServerConfig
 from carousel_server.engine.catalogue import Catalogue, Entry
 from carousel_server.engine.model import Model
+from carousel_server.engine.portable import unseal
 from carousel_server.engine.session import Session, Sink
 from carousel_server.engine.sessions import Resident, Sessions
 from carousel_server.engine.spec import Array
@@ -95,6 +96,36 @@ class Engine:
     def close(self, sink: Sink, session_id: str, *, owner: str = "", acknowledged: int | None = None) -> bool:
         """Close once all is answered, which the sink is told; True where it was closed before, and the sink is not."""
         return self.sessions.close(session_id, sink, time.monotonic(), owner=owner, acknowledged=acknowledged)
+
+    def get_state(self, session_id: str, *, owner: str = "") -> bytes:
+        """A session's state as of the chunk that it answered last, sealed; it goes on meanwhile."""
+        resident = self.sessions.find(session_id, owner)
+        return resident.model.snapshot(resident.session)
+
+    def put_state(
+        self, data: bytes, *, session_id: str = "", version: str = "", move: bool = False, owner: str = ""
+    ) -> Resident:
+        """A new session that goes on from a state, to be resumed by a stream.
+
+        An empty id or version is the state's own; `move` takes it to a model of the same signature that computes
+        something else. Raises what `unseal` and `Sessions.put` raise.
+        """
+        self._refuse_if_draining()
+        state = unseal(data)
+        served = self.catalogue.get(state.model, version or state.version)
+        return self.sessions.put(served, session_id, state, time.monotonic(), owner=owner, move=move)
+
+    def fork(self, session_id: str, new_session_id: str, *, owner: str = "") -> Resident:
+        """A second session that goes on from the chunk that one answered last, to be resumed by a stream."""
+        self._refuse_if_draining()
+        resident = self.sessions.find(session_id, owner)
+        return self.sessions.fork(resident, new_session_id, time.monotonic())
+
+    def list_sessions(self, *, model: str, after: str, most: int, owner: str = "") -> list[tuple[Resident, float]]:
+        """The owner's sessions by id, at most `most` of them behind `after`, and the seconds that each is idle."""
+        now = time.monotonic()
+        residents = self.sessions.page(owner, model, after, most)
+        return [(resident, now - resident.last_used) for resident in residents]
 
     def detach(self, sink: Sink) -> None:
         """A stream has ended: its sessions stay, until they are resumed or expire."""

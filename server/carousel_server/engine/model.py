@@ -1,28 +1,27 @@
 """A model that is served: its graphs, its arena, its sessions and its steps."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from carousel_protos.v1.manifest_pb2 import Manifest, Policy
+from carousel_protos.v1.state_pb2 import SessionState
 from carousel_server.config import Limits
 from carousel_server.engine.arena import Arena
-from carousel_server.engine.context import read_context
+from carousel_server.engine.context import Context, read_context
 from carousel_server.engine.infer import Infer
-from carousel_server.engine.policy import FULL, choose_blocking
+from carousel_server.engine.policy import FULL, Blocking, choose_blocking
 from carousel_server.engine.runner import Runner
 from carousel_server.engine.runtime import Runtime
 from carousel_server.engine.scheduler import Scheduler
 from carousel_server.engine.session import Session
-from carousel_server.engine.spec import Array, ModelSpec, describe
+from carousel_server.engine.snapshot import Snapshots
+from carousel_server.engine.spec import Array, ModelSpec, Port
 from carousel_server.engine.step import Runnable
 from carousel_server.engine.steps import Steps
 from carousel_server.engine.variants import Variants
-from carousel_server.errors import (
-    ContextFullError,
-    TensorError,
-)
+from carousel_server.errors import ContextFullError
 
 
 class Model:
@@ -43,6 +42,7 @@ class Model:
         scheduler = Scheduler(max_batch=limits.max_batch, max_frames=limits.max_step_frames, ragged=self.spec.ragged)
         runner = Runner(self.spec, runtimes, self._arena)
         self.steps = Steps(self.name, scheduler, runner, self._arena, self._closed)
+        self._snapshots = Snapshots(manifest, self.spec, self.variants, limits)
         self._infer = Infer(self.spec, self.steps, limits)
         # Held by open sessions.
         self._context_bytes = 0
@@ -73,43 +73,68 @@ class Model:
         """
         blocking = choose_blocking(policy, self.manifest, max_block=self._limits.max_chunk_frames)
         chosen = self.variants.choose(variant)
-        self._check_state(initial_state)
-        given, outputs = read_context(self.spec, context, f"session {session_id}")
-        if self._context_bytes + given.bytes > self._limits.max_context_bytes:
+        where = f"session {session_id}"
+        self.spec.check_states(initial_state, where)
+        given, outputs = read_context(self.spec, context, where)
+        session = self._admit(session_id, outputs, blocking, chosen, given, owner)
+        if initial_state:
+            rows = zip(self.spec.states, self._arena.read(session.slot), strict=True)
+            self._arena.write(session.slot, [initial_state.get(state.input, start) for state, start in rows])
+        return session
+
+    def snapshot(self, session: Session) -> bytes:
+        """A session's state as of the chunk that it answered last, sealed, whatever waits or runs meanwhile."""
+        return self._snapshots.write(session, self._rows(session))
+
+    def restore(self, session_id: str, state: SessionState, *, owner: str = "", move: bool = False) -> Session:
+        """A session that goes on from a state, and is a branch where its id is another.
+
+        Raises what `Snapshots.read` and `open` raise.
+        """
+        found = self._snapshots.read(state, session_id, move=move)
+        session = self._admit(session_id, found.outputs, found.blocking, found.variant, found.context, owner)
+        self._arena.write(session.slot, found.rows)
+        session.take_place(found.place if session_id == state.session_id else found.place.branch())
+        return session
+
+    def fork(self, session: Session, session_id: str) -> Session:
+        """A second session that goes on from the chunk that this one answered last. Raises what `open` raises."""
+        rows = self._rows(session)
+        branch = self._admit(
+            session_id, session.outputs, session.blocking, session.variant, session.context, session.owner
+        )
+        self._arena.write(branch.slot, rows)
+        branch.take_place(session.place.branch())
+        return branch
+
+    def _rows(self, session: Session) -> list[Array]:
+        """The state after the chunk that the session answered last."""
+        return self._arena.read(session.slot) if session.rollback is None else session.rollback
+
+    def _admit(
+        self, session_id: str, outputs: Sequence[Port], blocking: Blocking, variant: str, context: Context, owner: str
+    ) -> Session:
+        """A session with a row of its own, at the model's start. Raises `TooManySessionsError`, `ContextFullError`."""
+        if self._context_bytes + context.bytes > self._limits.max_context_bytes:
             raise ContextFullError(
-                f"the contexts of {self.name}'s sessions would hold {self._context_bytes + given.bytes} bytes and "
+                f"the contexts of {self.name}'s sessions would hold {self._context_bytes + context.bytes} bytes and "
                 f"{self._limits.max_context_bytes} are allowed; close some sessions, or try later",
                 retry_after_s=1.0,
             )
         slot = self._arena.take()
-        if initial_state:
-            rows = zip(self.spec.states, self._arena.read(slot), strict=True)
-            self._arena.write(slot, [initial_state.get(state.input, start) for state, start in rows])
         self.open_sessions += 1
-        self._context_bytes += given.bytes
+        self._context_bytes += context.bytes
         return Session(
             session_id,
             outputs,
             blocking,
-            graph=self.variants.graph(chosen, blocking.kind),
-            variant=chosen,
+            graph=self.variants.graph(variant, blocking.kind),
+            variant=variant,
             slot=slot,
             limits=self._limits,
-            context=given,
+            context=context,
             owner=owner,
         )
-
-    def _check_state(self, initial_state: dict[str, Array]) -> None:
-        rows = {state.input: state for state in self.spec.states}
-        for name, array in initial_state.items():
-            if name not in rows:
-                raise TensorError(f"{self.name} has no state {name!r}; it has {', '.join(rows)}", tensor=name)
-            if (array.dtype, array.shape) != (rows[name].dtype, rows[name].row) or not np.isfinite(array).all():
-                raise TensorError(
-                    f"initial state {name!r} is {describe(array.dtype, array.shape)}; "
-                    f"wanted finite {describe(rows[name].dtype, rows[name].row)}",
-                    tensor=name,
-                )
 
     def submit(
         self, session: Session, index: int, tensors: dict[str, Array], *, end: bool, acknowledged: int | None = None

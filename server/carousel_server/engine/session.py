@@ -6,7 +6,7 @@ state before it can be put back, so a failure moves nothing. An answer stays unt
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -48,6 +48,30 @@ class Result:
             for port, data in zip(outputs, self.data, strict=True)
             if data is not None
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a session is after the chunk that it answered last; with the state rows, all that its next answers need."""
+
+    next_index: int
+    # Frames whose answer was given.
+    answered: int
+    ended: bool
+    # Frames received and not yet answered.
+    waiting: list[Piece]
+    # Kept for a chunk that comes again, oldest first.
+    results: tuple[Result, ...]
+    # One for each output, as in `Result`; those of outputs with frames have no meaning.
+    values: tuple[bytes | None, ...]
+    # The answers to all chunks before this index have arrived; None: the client has not said.
+    acknowledged: int | None
+    epoch: int
+    holder: str
+
+    def branch(self) -> "Place":
+        """The place of a session that another client goes on with."""
+        return replace(self, results=self.results[-1:], acknowledged=None, epoch=1, holder="")
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +259,41 @@ class Session:
         self._run += frames
         self._pending[0].blocks.append(outputs)
         self._answer()
+
+    @property
+    def place(self) -> Place:
+        """Where it is without the chunks that wait; its state there is `rollback`, or else its row in the arena."""
+        waiting = self._received - self._answered
+        if not self._pending:
+            next_index, ended = self._next_index, self._ended
+        else:
+            next_index, ended = self._pending[0].index, False
+            waiting = self._pending[0].received - self._pending[0].frames - self._answered
+        return Place(
+            next_index,
+            self._answered,
+            ended,
+            self._frames.pieces(0, waiting),
+            tuple(self._kept),
+            self._value,
+            self._acknowledged,
+            self.epoch,
+            self.holder,
+        )
+
+    def take_place(self, place: Place) -> None:
+        """Go on, in a new session, from where another one is or was."""
+        for arrays, start, stop in place.waiting:
+            self._frames.push(tuple(array[start:stop] for array in arrays), stop - start)
+        self._next_index = place.next_index
+        self._answered = self._run = place.answered
+        self._received = place.answered + len(self._frames)
+        self._ended = place.ended
+        self._kept = [replace(result, session_id=self.id) for result in place.results]
+        self._value = place.values
+        self._acknowledged = place.acknowledged
+        self.epoch = place.epoch
+        self.holder = place.holder
 
     def close(self) -> None:
         """Close once everything that waits is answered; at once if nothing does."""

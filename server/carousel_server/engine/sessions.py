@@ -3,9 +3,11 @@
 from collections import Counter, OrderedDict
 from collections.abc import Container
 from dataclasses import dataclass
+from heapq import nsmallest
 from uuid import uuid4
 
 from carousel_protos.v1.manifest_pb2 import Policy
+from carousel_protos.v1.state_pb2 import SessionState
 from carousel_server.config import Limits
 from carousel_server.engine.model import Model
 from carousel_server.engine.session import Failure, Session, Sink
@@ -95,6 +97,40 @@ class Sessions:
         Raises `AlreadyExistsError`, `NotOwnerError`, `InvalidError`, `TooManySessionsError`, and what `Model.open`
         raises.
         """
+        session_id = self._free_id(session_id, owner)
+        session = model.open(session_id, policy, initial_state, context, variant=variant, owner=owner)
+        session.holder = holder
+        resident = self._enter(session, model, now)
+        self._attach(session, sink)
+        return resident
+
+    def put(
+        self, model: Model, session_id: str, state: SessionState, now: float, *, owner: str = "", move: bool = False
+    ) -> Resident:
+        """A new session that goes on from a state, and that no stream holds yet.
+
+        Raises what `open` and `Model.restore` raise.
+        """
+        session_id = self._free_id(session_id or state.session_id, owner)
+        return self._enter(model.restore(session_id, state, owner=owner, move=move), model, now)
+
+    def fork(self, resident: Resident, session_id: str, now: float) -> Resident:
+        """A second session that goes on from where one is, and that no stream holds yet. Raises what `open` raises."""
+        resident.last_used = now
+        session_id = self._free_id(session_id, resident.session.owner)
+        return self._enter(resident.model.fork(resident.session, session_id), resident.model, now)
+
+    def page(self, owner: str, model: str, after: str, most: int) -> list[Resident]:
+        """The owner's sessions in the order of their ids, `most` of them, from the first one behind `after`."""
+        own = (
+            resident
+            for session_id, resident in self._residents.items()
+            if session_id > after and resident.session.owner == owner and model in ("", resident.model.name)
+        )
+        return nsmallest(most, own, key=lambda resident: resident.session.id)
+
+    def _free_id(self, session_id: str, owner: str) -> str:
+        """The id that a new session can have; a new one for an empty one."""
         session_id = session_id or uuid4().hex
         if len(session_id) > _ID_LENGTH or not session_id.isprintable():
             raise InvalidError(f"a session id has at most {_ID_LENGTH} printable characters")
@@ -108,13 +144,13 @@ class Sessions:
                 f"{len(self._residents)} sessions are open and no more are allowed; close some, or try later",
                 retry_after_s=1.0,
             )
-        session = model.open(session_id, policy, initial_state, context, variant=variant, owner=owner)
-        session.holder = holder
-        self._forget_answers(session_id)
-        self._attach(session, sink)
-        self._gone.pop(session_id, None)
-        self._owned[owner] += 1
-        resident = self._residents[session_id] = Resident(session, model, now)
+        return session_id
+
+    def _enter(self, session: Session, model: Model, now: float) -> Resident:
+        self._forget_answers(session.id)
+        self._gone.pop(session.id, None)
+        self._owned[session.owner] += 1
+        resident = self._residents[session.id] = Resident(session, model, now)
         return resident
 
     def reopened(self, session_id: str, owner: str, *, resume: bool, holder: str, epoch: int | None) -> Resident | None:

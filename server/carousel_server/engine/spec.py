@@ -154,6 +154,20 @@ class ModelSpec:
             raise TooLargeError(f"{where} has {count} frames and {max_frames} are allowed; send shorter chunks")
         return count
 
+    def check_states(self, tensors: Mapping[str, Array], where: str) -> None:
+        """Raise `TensorError` unless each is one of the states' rows, by input name, and finite."""
+        rows = {state.input: state for state in self.states}
+        for name, array in tensors.items():
+            if name not in rows:
+                raise TensorError(f"{where} has a state {name!r}; the model has {', '.join(rows)}", tensor=name)
+            wanted = rows[name]
+            if (array.dtype, array.shape) != (wanted.dtype, wanted.row) or not np.isfinite(array).all():
+                raise TensorError(
+                    f"state {name!r} of {where} is {describe(array.dtype, array.shape)}; "
+                    f"wanted finite {describe(wanted.dtype, wanted.row)}",
+                    tensor=name,
+                )
+
     def check_names(self, tensors: dict[str, Array], where: str, ports: Sequence[Port]) -> None:
         wanted = {port.name for port in ports}
         if tensors.keys() != wanted:

@@ -12,7 +12,11 @@ from carousel_server.engine.catalogue import Entry
 from carousel_server.engine.codec import decode, encode
 from carousel_server.engine.engine import Engine
 from carousel_server.engine.model import Model
+from carousel_server.engine.sessions import Resident
 from carousel_server.front.stream import Context, StreamCall
+
+# Sessions that one answer of ListSessions holds, at most.
+_PAGE = 1000
 
 Unary = grpc.aio.ServicerContext[Any, Any]
 
@@ -51,6 +55,25 @@ class NativeServicer(CarouselServicer):
         )
         return pb.InferResponse(tensors=[encode(port, outputs[port.name]) for port in spec.outputs], version=version)
 
+    async def GetState(self, request: pb.GetStateRequest, context: Unary) -> pb.GetStateResponse:  # noqa: ARG002
+        return pb.GetStateResponse(state=self._engine.get_state(request.session_id))
+
+    async def PutState(self, request: pb.PutStateRequest, context: Unary) -> pb.PutStateResponse:  # noqa: ARG002
+        resident = self._engine.put_state(
+            request.state, session_id=request.session_id, version=request.version, move=request.move
+        )
+        return pb.PutStateResponse(session=_info(resident))
+
+    async def Fork(self, request: pb.ForkRequest, context: Unary) -> pb.ForkResponse:  # noqa: ARG002
+        return pb.ForkResponse(session=_info(self._engine.fork(request.session_id, request.new_session_id)))
+
+    async def ListSessions(self, request: pb.ListSessionsRequest, context: Unary) -> pb.ListSessionsResponse:  # noqa: ARG002
+        most = min(request.page_size or _PAGE, _PAGE)
+        found = self._engine.list_sessions(model=request.model, after=request.page_token, most=most + 1)
+        infos = [_info(resident, idle_s) for resident, idle_s in found[:most]]
+        token = infos[-1].session_id if len(found) > most else ""
+        return pb.ListSessionsResponse(sessions=infos, next_page_token=token)
+
     async def ListModels(self, request: pb.ListModelsRequest, context: Unary) -> pb.ListModelsResponse:  # noqa: ARG002
         await self._engine.catalogue.refresh()
         return pb.ListModelsResponse(models=map(_status, self._engine.catalogue.entries()))
@@ -70,6 +93,21 @@ class NativeServicer(CarouselServicer):
     async def UnloadModel(self, request: pb.UnloadModelRequest, context: Unary) -> pb.UnloadModelResponse:  # noqa: ARG002
         entries = await self._engine.unload(request.model, request.version)
         return pb.UnloadModelResponse(models=map(_status, entries))
+
+
+def _info(resident: Resident, idle_s: float = 0.0) -> pb.SessionInfo:
+    session = resident.session
+    return pb.SessionInfo(
+        session_id=session.id,
+        model=resident.model.name,
+        version=resident.model.version,
+        variant=session.variant,
+        policy=session.blocking.message(),
+        epoch=session.epoch,
+        next_index=session.next_index,
+        idle_s=idle_s if session.idle else 0.0,
+        attached=session.sink is not None,
+    )
 
 
 def _status(entry: Entry) -> pb.ModelStatus:

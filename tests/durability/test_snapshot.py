@@ -1,0 +1,172 @@
+"""A state taken at any moment, and a session that goes on from it in another model: the same bits."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.client.conftest import Mixer
+from tests.support.models import Tagger, make
+from tests.support.shared import make_once
+from torch import nn
+
+import carousel_export as cx
+from carousel_protos import Bundle
+from carousel_server.config import Limits
+from carousel_server.engine.model import Model
+from carousel_server.engine.policy import CARRY, CAUSAL, FULL, LOOKAHEAD, Blocking
+from carousel_server.engine.portable import unseal
+from carousel_server.engine.runtime import load_runtimes
+from carousel_server.engine.session import Event, Result, Session
+
+LIMITS = Limits(max_sessions=1000, max_block_frames=5)
+
+
+class Conditioned(nn.Module):
+    """`[batch, time, 4]` and a context `[batch, 3]` → `[batch, time, 2]`: one GRU, whose state is one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(7, 6, batch_first=True)
+        self.linear = nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor, speaker: torch.Tensor) -> torch.Tensor:
+        seen = torch.cat([x, speaker[:, None].expand(-1, x.shape[1], -1)], dim=-1)
+        return self.linear(self.gru(seen)[0])
+
+
+@dataclass
+class Collector:
+    events: list[Event] = field(default_factory=list)
+
+    def deliver(self, event: Event) -> None:
+        self.events.append(event)
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    """A bidirectional LSTM, a GRU with a context, and two inputs with a second output for the whole sequence."""
+
+    def make_models(folder: Path) -> None:
+        torch.manual_seed(3)
+        cx.export(make(Tagger), torch.randn(3, 6, 5), name="tagger", out=folder, policy=cx.Lookahead(block=4, ahead=2))
+        cx.export(make(Conditioned), (torch.randn(3, 6, 4), torch.randn(3, 3)), name="conditioned", out=folder)
+        example = (torch.randn(6, 3, 4), torch.randint(0, 6, (6, 3)))
+        names = {"input_names": ["x", "ids"], "output_names": ["frames", "summary"]}
+        cx.export(make(Mixer), example, name="mixer", out=folder, **names)
+
+    folder = make_once(tmp_path_factory, "snapshot", make_models)
+    return {name: Bundle.open(folder / name / "1") for name in ("tagger", "conditioned", "mixer")}
+
+
+@pytest.fixture(scope="module")
+def pairs(bundles: dict[str, Bundle]) -> dict[str, tuple[Model, Model]]:
+    """Each bundle loaded twice, as two servers have it."""
+
+    def load(bundle: Bundle) -> Model:
+        return Model(bundle.manifest, load_runtimes(bundle, device="cpu", threads=1), LIMITS)
+
+    return {name: (load(bundle), load(bundle)) for name, bundle in bundles.items()}
+
+
+def frames_of(name: str, count: int, seed: int) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(seed)
+    match name:
+        case "tagger":
+            return {"x": draw.standard_normal((count, 5), np.float32)}
+        case "conditioned":
+            return {"x": draw.standard_normal((count, 4), np.float32)}
+    return {"x": draw.standard_normal((count, 4), np.float32), "ids": draw.integers(0, 6, count)}
+
+
+SPEAKER = {"speaker": np.array([0.5, -1, 2], np.float32)}
+POLICIES = {
+    "tagger": [
+        Blocking(LOOKAHEAD, 4, 2),
+        Blocking(LOOKAHEAD, 1, 3),
+        Blocking(CARRY, 3),
+        Blocking(CARRY),
+        Blocking(FULL),
+    ],
+    "conditioned": [Blocking(CAUSAL), Blocking(CARRY, 2), Blocking(FULL)],
+    "mixer": [Blocking(CAUSAL), Blocking(FULL)],
+}
+streams = st.sampled_from([(name, policy) for name, policies in POLICIES.items() for policy in policies])
+
+
+class Stream:
+    """A sequence cut into chunks, and a session that takes them one by one."""
+
+    def __init__(self, name: str, blocking: Blocking, sizes: list[int]) -> None:
+        self.blocking = blocking
+        whole = frames_of(name, sum(sizes), seed=len(sizes))
+        ends = np.cumsum(sizes)
+        self.chunks = [
+            {key: values[end - size : end] for key, values in whole.items()}
+            for end, size in zip(ends, sizes, strict=True)
+        ]
+        self.context = SPEAKER if name == "conditioned" else {}
+
+    def open(self, model: Model) -> Session:
+        session = model.open("s", self.blocking.message(), {}, self.context)
+        session.sink = Collector()
+        return session
+
+    def send(self, model: Model, session: Session, index: int, acknowledged: int | None = None) -> None:
+        end = index == len(self.chunks) - 1
+        model.submit(session, index, self.chunks[index], end=end, acknowledged=acknowledged)
+
+
+def finish(model: Model, session: Session) -> list[Event]:
+    """What it has answered, once nothing is left to run; the session is gone then."""
+    while model.steps.turn():
+        pass
+    events = session.sink.events
+    model.release(session)
+    return events
+
+
+@settings(max_examples=300, deadline=None)
+@given(streams, st.lists(st.integers(1, 12), min_size=1, max_size=7), st.data())
+def test_a_state_taken_at_any_moment_goes_on_with_the_same_bits(pairs, chosen, sizes, data):
+    """Whatever waits or is half run, the state is that of the last answer, and from there every answer is the same."""
+    name, blocking = chosen
+    here, there = pairs[name]
+    stream = Stream(name, blocking, sizes)
+    session = stream.open(here)
+    for index in range(len(sizes)):
+        stream.send(here, session, index)
+    wanted = finish(here, session)
+    assert [event.index for event in wanted] == list(range(len(sizes)))
+
+    session = stream.open(here)
+    lag = data.draw(st.sampled_from([None, 0, 2]), label="answers not acknowledged")
+    for index in range(data.draw(st.integers(0, len(sizes)), label="sent before")):
+        stream.send(here, session, index, None if lag is None else max(0, len(session.sink.events) - lag))
+        for _ in range(data.draw(st.integers(0, 4), label="steps")):
+            here.steps.turn()
+    answered = list(session.sink.events)
+    sealed = here.snapshot(session)
+    branch = here.fork(session, "branch")
+    branch.sink = Collector()
+    moved = there.restore("s", unseal(sealed))
+    moved.sink = Collector()
+    assert moved.next_index == branch.next_index == len(answered)
+    assert there.snapshot(moved) == sealed
+    for kept in session.kept:
+        moved.accept(kept.index, (), 0, end=False)
+    assert moved.sink.events == list(session.kept)
+    moved.sink.events.clear()
+    for index in range(session.next_index, len(sizes)):
+        stream.send(here, session, index)
+    assert finish(here, session) == wanted
+    for model, other in ((there, moved), (here, branch)):
+        for index in range(len(answered), len(sizes)):
+            stream.send(model, other, index)
+        rest = [event for event in finish(model, other) if isinstance(event, Result)]
+        assert [(r.index, r.first_frame, r.frames, r.data) for r in rest] == [
+            (r.index, r.first_frame, r.frames, r.data) for r in wanted[len(answered) :]
+        ]
