@@ -107,7 +107,7 @@ def test_dynamic_dimensions_are_named(bundle: Bundle, file: str) -> None:
 
 @pytest.mark.parametrize(("file", "nodes"), [("model.onnx", 2), ("lookahead.onnx", 7)])
 def test_fused_nodes_with_constant_weights(bundle: Bundle, file: str, nodes: int) -> None:
-    """One LSTM node a layer (with look-ahead four, in the last three), its weights constants, as quantisers need them."""
+    """One LSTM node a layer (with look-ahead four, in the last three), its weights constants, as quantisers need."""
     graph = onnx.load(bundle.file(file)).graph
     constants = {each.name for each in graph.initializer}
     found = [node for node in graph.node if node.op_type == "LSTM"]
