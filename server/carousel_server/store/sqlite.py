@@ -155,6 +155,8 @@ class SqliteStore:
         if not self._room.acquire(blocking=False):
             raise StoreError(f"{_MOST_WAITING} calls wait for the store {self.name} already; try later")
         answer = asyncio.wrap_future(self._thread.submit(run))
+        # What fails after its caller has gone is nobody's to hear.
+        answer.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             async with asyncio.timeout(self._timeout_s):
                 # Not cancelled with the caller: room is released when the thread has been there.
@@ -213,6 +215,7 @@ def _connect(file: Path, synchronous: str, timeout_s: float) -> sqlite3.Connecti
         connection = sqlite3.connect(file, timeout=timeout_s, isolation_level=None, check_same_thread=False)
         try:
             _prepare(connection, file, synchronous)
+            _log_ahead(connection, time.monotonic() + timeout_s)
         except BaseException:
             connection.close()
             raise
@@ -242,4 +245,16 @@ def _prepare(connection: sqlite3.Connection, file: Path, synchronous: str) -> No
             "run the Carousel that wrote it, or choose another file"
         )
     connection.execute("COMMIT")
-    connection.execute("PRAGMA journal_mode = WAL")
+
+
+def _log_ahead(connection: sqlite3.Connection, deadline: float) -> None:
+    """Switch to the write-ahead log: once in a file's life, and without SQLite's own patience with other processes."""
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            return
