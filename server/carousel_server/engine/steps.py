@@ -1,20 +1,29 @@
-"""The turning of one model's steps: schedule, run, commit."""
+"""The turning of one model's steps: schedule, run, commit.
+
+All belongs to one thread, the event loop's, but a step's run: it gets arrays and gives arrays, and Python is held for no
+longer than that takes. While one step runs the next is formed, if it is a full one; a later one would have more rows.
+"""
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from time import perf_counter
 
 from carousel_server.engine.arena import Arena
-from carousel_server.engine.runner import Outcome, Runner
+from carousel_server.engine.runner import Batch, Outcome, Runner
 from carousel_server.engine.runtime import RunError
 from carousel_server.engine.scheduler import Scheduler
 from carousel_server.engine.step import Runnable, Step
 from carousel_server.errors import InputRejectedError, StepError
 
 log = logging.getLogger("carousel")
+
+# Steps that are formed and not committed: one runs, one waits for it.
+_DEPTH = 2
 
 
 @dataclass(slots=True)
@@ -29,11 +38,17 @@ class Counters:
     run_seconds: float = 0.0
 
 
-class Steps:
-    """Everything but a step's run belongs to one thread, the event loop's.
+@dataclass(slots=True, eq=False)
+class _Turn:
+    """A step on its way: what it is run on, and what came of it, as a whole or row by row."""
 
-    `on_closed` is told of each owner that was closed when a step that held it was over.
-    """
+    step: Step
+    batch: Batch | None = None
+    outcomes: list[tuple[Step, Outcome | RunError]] = field(default_factory=list)
+
+
+class Steps:
+    """`on_closed` is told of each owner that was closed when a step that held it was over."""
 
     def __init__(
         self, name: str, scheduler: Scheduler, runner: Runner, arena: Arena, on_closed: Callable[[Runnable], None]
@@ -46,37 +61,41 @@ class Steps:
         self._on_closed = on_closed
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"run-{name}")
         self._ready = asyncio.Event()
-        self._running: Step | None = None
+        # Formed and not committed, in the order of their runs; and those of them that have run.
+        self._formed: deque[_Turn] = deque()
+        self._over: deque[_Turn] = deque()
         self._ending = False
 
     def add(self, owner: Runnable) -> None:
         """Queue an owner, if it has a block due."""
         if owner.due:
             self._scheduler.add(owner)
-            self._ready.set()
+            if not self._formed or self._scheduler.full:
+                self._ready.set()
 
     def holds(self, owner: Runnable) -> bool:
-        """Whether the step that runs now has a block of this owner."""
-        return self._running is not None and any(block.owner is owner for block in self._running.blocks)
+        """Whether a step that is not committed has a block of this owner."""
+        return any(block.owner is owner for turn in self._formed for block in turn.step.blocks)
 
     async def turn_forever(self) -> None:
         """Run steps as long as there are any, off the event loop; wait where there are none."""
         loop = asyncio.get_running_loop()
-        while True:
+        while self._formed or len(self._scheduler) or not self._ending:
             await self._ready.wait()
-            if (step := self._schedule()) is None:
-                if self._ending:
-                    return
-                self._ready.clear()
-                continue
-            outcomes = await loop.run_in_executor(self._thread, self._run, step)
-            self._commit(step, outcomes)
+            self._ready.clear()
+            while self._over:
+                self._commit(self._over.popleft())
+            while not self._formed or (len(self._formed) < _DEPTH and self._scheduler.full):
+                if (turn := self._schedule()) is None:
+                    break
+                self._thread.submit(self._run_off, turn, loop)
 
     def turn(self) -> bool:
         """One step, here and now; False where nothing was ready."""
-        if (step := self._schedule()) is None:
+        if (turn := self._schedule()) is None:
             return False
-        self._commit(step, self._run(step))
+        self._run(turn)
+        self._commit(turn)
         return True
 
     def end(self) -> None:
@@ -86,17 +105,36 @@ class Steps:
 
     def shut(self) -> None:
         """Wait for the running step; no other may follow."""
-        self._thread.shutdown()
+        self._thread.shutdown(cancel_futures=True)
 
-    def _schedule(self) -> Step | None:
-        self._running = self._scheduler.schedule()
-        return self._running
+    def _schedule(self) -> _Turn | None:
+        if (step := self._scheduler.schedule()) is None:
+            return None
+        turn = _Turn(step)
+        self._formed.append(turn)
+        # What cannot be gathered fails where it is run, row by row, and stops nobody else.
+        with suppress(Exception):
+            turn.batch = self._runner.gather(step)
+        return turn
 
-    def _run(self, step: Step) -> list[tuple[Step, Outcome | RunError]]:
+    def _run_off(self, turn: _Turn, loop: asyncio.AbstractEventLoop) -> None:
+        """On the runner's thread."""
+        self._run(turn)
+        loop.call_soon_threadsafe(self._ran, turn)
+
+    def _ran(self, turn: _Turn) -> None:
+        self._over.append(turn)
+        self._ready.set()
+
+    def _run(self, turn: _Turn) -> None:
         """The step's outcome, or those of its rows run alone where the batch failed."""
         started = perf_counter()
+        turn.outcomes = self._attempt(turn.step, turn.batch)
+        self.counters.run_seconds += perf_counter() - started
+
+    def _attempt(self, step: Step, batch: Batch | None) -> list[tuple[Step, Outcome | RunError]]:
         try:
-            return [(step, self._runner.run(step))]
+            return [(step, self._runner.run(batch or self._runner.gather(step)))]
         except RunError as error:
             if len(step.blocks) == 1:
                 return [(step, error)]
@@ -104,35 +142,34 @@ class Steps:
             log.exception("a step of %s failed", self._name)
             if len(step.blocks) == 1:
                 return [(step, RunError(f"{type(error).__name__}, see the server's log", rejected=False))]
-        finally:
-            self.counters.run_seconds += perf_counter() - started
-        return [outcome for block in step.blocks for outcome in self._run(Step(step.graph, [block]))]
+        return [outcome for block in step.blocks for outcome in self._attempt(Step(step.graph, [block]), None)]
 
-    def _commit(self, step: Step, outcomes: list[tuple[Step, Outcome | RunError]]) -> None:
+    def _commit(self, turn: _Turn) -> None:
         """Publish what succeeded; what failed leaves its owner where it was."""
-        self._running = None
-        for part, outcome in outcomes:
+        self._formed.remove(turn)
+        for part, outcome in turn.outcomes:
             if isinstance(outcome, RunError):
                 self._refuse(part, outcome)
             else:
                 self._publish(part, outcome)
+        step, counters = turn.step, self.counters
         self._scheduler.finish(step)
         for block in step.blocks:
             if block.owner.closed:
                 self._on_closed(block.owner)
-        self.counters.steps += 1
-        self.counters.rows += len(step.blocks)
-        self.counters.max_rows = max(self.counters.max_rows, len(step.blocks))
-        self.counters.frames += step.frames
-        self.counters.padded_frames += step.padded_frames
+        counters.steps += 1
+        counters.rows += len(step.blocks)
+        counters.max_rows = max(counters.max_rows, len(step.blocks))
+        counters.frames += step.frames
+        counters.padded_frames += step.padded_frames
 
     def _publish(self, step: Step, outcome: Outcome) -> None:
         for block in step.blocks:
             owner = block.owner
-            if owner.slot and owner.rollback is None and not owner.closed and not owner.completes(block.frames):
+            if owner.rollback is None and owner.slot and not owner.completes(block.frames) and not owner.closed:
                 owner.rollback = self._arena.read(owner.slot)
         self._arena.scatter(outcome.slots, outcome.states)
-        for block, outputs in zip(step.blocks, outcome.outputs, strict=True):
+        for block, outputs in zip(step.blocks, outcome.rows(step.blocks), strict=True):
             if not block.owner.closed:
                 block.owner.commit(block.frames, outputs)
 
