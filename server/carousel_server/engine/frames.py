@@ -27,6 +27,8 @@ class Frames:
 
     def pieces(self, start: int, count: int) -> list[Piece]:
         """Where the frames [start, start + count) lie."""
+        if start == 0 and self._chunks and count <= self._chunks[0][1] - self._skip:
+            return [(self._chunks[0][0], self._skip, self._skip + count)] if count else []
         return list(self._pieces(start + self._skip, count))
 
     def _pieces(self, start: int, count: int) -> Iterator[Piece]:

@@ -32,6 +32,11 @@ class Scheduler:
     def __len__(self) -> int:
         return sum(map(len, self._lines.values()))
 
+    @property
+    def full(self) -> bool:
+        """Whether a step is waiting that can have no more rows."""
+        return any(len(line) >= self._max_batch for line in self._lines.values())
+
     def add(self, owner: Runnable) -> None:
         """Put an owner with a block due at the back of its line; one that is there or in a step stays where it is."""
         if not owner.queued:

@@ -25,7 +25,7 @@ from carousel_server.errors import (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen, it would take three times as long to make
 class Result:
     """One chunk's answer: the frames [first_frame, first_frame + frames) that became final with it.
 
@@ -354,7 +354,7 @@ class Session:
             chunk = self._pending.popleft()
             frames = self._run - self._answered
             self._frames.drop_first(frames)
-            data = tuple(self._join(position, port, chunk.blocks) for position, port in enumerate(self.outputs))
+            data = chunk.blocks[0] if len(chunk.blocks) == 1 else self._join(chunk.blocks)
             result = Result(self.id, chunk.index, self._answered, frames, data)
             if self._acknowledged is None:
                 self._kept.clear()
@@ -366,10 +366,14 @@ class Session:
                 self._deliver(result)
         self._settle()
 
-    def _join(self, position: int, port: Port, blocks: list[tuple[bytes, ...]]) -> bytes | None:
-        if port.per_frame:
-            return blocks[0][position] if len(blocks) == 1 else b"".join(block[position] for block in blocks)
-        return blocks[-1][position] if blocks else self._value[position]
+    def _join(self, blocks: list[tuple[bytes, ...]]) -> tuple[bytes | None, ...]:
+        """The outputs of a chunk that took no block, or several."""
+        return tuple(
+            b"".join(block[position] for block in blocks)
+            if port.per_frame
+            else (blocks[-1] if blocks else self._value)[position]
+            for position, port in enumerate(self.outputs)
+        )
 
     def _deliver(self, event: Event) -> None:
         if self.sink is not None:

@@ -75,12 +75,9 @@ class Port:
 
     def check(self, array: Array, where: str, leading: tuple[str, ...] = ("frames",)) -> None:
         """Raise `TensorError` unless `array` is dtype `[*leading, *item]` and every float in it is finite."""
-        names = dict(self.named)
         sizes = array.shape[len(leading) :]
-        fits = len(sizes) == len(self.item) and all(
-            size > 0 if axis in names else size == self.item[axis] for axis, size in enumerate(sizes)
-        )
-        if array.dtype != self.dtype or array.ndim < len(leading) or not fits:
+        if array.dtype != self.dtype or array.ndim < len(leading) or not (sizes == self.item or self._fits(sizes)):
+            names = dict(self.named)
             item = [names.get(axis, size) for axis, size in enumerate(self.item)]
             wanted = describe(self.dtype, (*leading, *item))
             raise TensorError(
@@ -97,6 +94,12 @@ class Port:
                 f"the model knows 0 to {self.vocabulary - 1}",
                 tensor=self.name,
             )
+
+    def _fits(self, sizes: tuple[int, ...]) -> bool:
+        names = dict(self.named)
+        return len(sizes) == len(self.item) and all(
+            size > 0 if axis in names else size == self.item[axis] for axis, size in enumerate(sizes)
+        )
 
 
 @dataclass(frozen=True)
@@ -144,10 +147,10 @@ class ModelSpec:
         self.check_names(tensors, where, self.inputs)
         for port in self.inputs:
             port.check(tensors[port.name], where)
-        frames = {port.name: len(tensors[port.name]) for port in self.inputs}
-        if len(set(frames.values())) > 1:
+        count = len(tensors[self.inputs[0].name])
+        if len(self.inputs) > 1 and any(len(tensor) != count for tensor in tensors.values()):
+            frames = {name: len(tensor) for name, tensor in tensors.items()}
             raise TensorError(f"the tensors of {where} differ in their frames ({frames}); send the same number of each")
-        count = next(iter(frames.values()))
         if count == 0 and not end:
             raise TensorError(f"{where} has no frames; only a chunk with `end` may be empty")
         if count > max_frames:

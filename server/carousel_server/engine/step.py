@@ -1,7 +1,6 @@
 """What passes from the scheduler to the runner: one batched model call."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from carousel_server.engine.context import Context
 from carousel_server.engine.frames import Piece
@@ -32,8 +31,7 @@ class Runnable(Protocol):
     def fail(self, error: CarouselError) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(NamedTuple):
     """One row of a step."""
 
     owner: Runnable
@@ -47,11 +45,10 @@ class Block:
     @classmethod
     def cut(cls, owner: Runnable) -> "Block":
         frames, ahead = owner.next_block()
-        return cls(owner, frames, ahead, owner.pieces(0, frames), owner.pieces(frames, ahead))
+        return cls(owner, frames, ahead, owner.pieces(0, frames), owner.pieces(frames, ahead) if ahead else [])
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """Blocks of different owners that share a call, at least one, with contexts of one shape.
 
     Their length may differ if the model is ragged.

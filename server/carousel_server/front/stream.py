@@ -51,7 +51,8 @@ class StreamCall:
         self._context = context
         # Of each session its input names, and its outputs with their sizes.
         self._ports: dict[str, tuple[list[str], Sequence[Port]]] = {}
-        self._outbox: deque[ResponseItem | Answer] = deque()
+        # What waits to be written, with its size.
+        self._outbox: deque[tuple[int, ResponseItem | Answer]] = deque()
         self._outbox_bytes = 0
         self._filled = asyncio.Event()
         self._emptied = asyncio.Event()
@@ -69,7 +70,10 @@ class StreamCall:
 
     def deliver(self, event: Event) -> None:
         if isinstance(event, Result):
-            self._send((event, self._ports[event.session_id][1]))
+            size = _ITEM_BYTES
+            for data in event.data:
+                size += len(data) if data is not None else 0
+            self._send((event, self._ports[event.session_id][1]), size)
         elif isinstance(event, Failure):
             if event.index is None:  # the session is no longer this stream's
                 self._ports.pop(event.session_id, None)
@@ -81,9 +85,9 @@ class StreamCall:
     def going_away(self, deadline_unix_ms: int) -> None:
         self._send(ResponseItem(going_away=GoingAway(deadline_unix_ms=deadline_unix_ms)))
 
-    def _send(self, item: ResponseItem | Answer) -> None:
-        self._outbox.append(item)
-        self._outbox_bytes += _size(item)
+    def _send(self, item: ResponseItem | Answer, size: int = _ITEM_BYTES) -> None:
+        self._outbox.append((size, item))
+        self._outbox_bytes += size
         self._filled.set()
 
     async def _read(self) -> None:
@@ -108,12 +112,12 @@ class StreamCall:
 
     def _take(self, item: RequestItem) -> None:
         kind = item.WhichOneof("item")
-        asked = item.open if kind == "open" else item.chunk if kind == "chunk" else item.close
+        asked = item.chunk if kind == "chunk" else item.open if kind == "open" else item.close
         try:
-            if kind == "open":
-                self._open(item.open)
-            elif kind == "chunk":
+            if kind == "chunk":
                 self._chunk(item.chunk)
+            elif kind == "open":
+                self._open(item.open)
             elif kind == "close":
                 self._close(item.close)
             else:
@@ -178,21 +182,15 @@ class StreamCall:
     def _response(self) -> StreamResponse:
         """What waits, or as much of it as one message takes."""
         response, size = StreamResponse(), 0
-        while self._outbox and (not size or size + _size(self._outbox[0]) <= _MESSAGE_BYTES):
-            waiting = self._outbox.popleft()
-            size += _size(waiting)
-            if isinstance(waiting, ResponseItem):
-                response.items.append(waiting)
-            else:
+        while self._outbox and (not size or size + self._outbox[0][0] <= _MESSAGE_BYTES):
+            of_item, waiting = self._outbox.popleft()
+            size += of_item
+            if isinstance(waiting, tuple):
                 fill_result(response.items.add().result, *waiting)
+            else:
+                response.items.append(waiting)
         self._outbox_bytes -= size
         return response
-
-
-def _size(waiting: ResponseItem | Answer) -> int:
-    if isinstance(waiting, ResponseItem):
-        return _ITEM_BYTES
-    return _ITEM_BYTES + sum(len(data) for data in waiting[0].data if data is not None)
 
 
 def _acknowledged(asked: Open | Chunk | Close) -> int | None:
