@@ -1,7 +1,7 @@
 """The turning of one model's steps: schedule, run, commit.
 
-All belongs to one thread, the event loop's, but a step's run, which gets arrays, gives arrays and hardly needs Python. While
-one step runs the next is formed, if it is a full one; formed later, it would have more rows.
+All belongs to one thread, the event loop's, but a step's run, which gets arrays, gives arrays and hardly needs Python.
+While one step runs the next is formed, if it is a full one; formed later, it would have more rows.
 """
 
 import asyncio
