@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
+from carousel_server.access import Access
 from carousel_server.errors import ConfigError
 
 Device = Literal["cpu", "cuda"]
@@ -61,11 +62,10 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerConfig(Limits):
+class ServerConfig(Limits, Access):
     """`carousel serve`'s settings."""
 
     models: Path
-    listen: str = "127.0.0.1:8001"
     device: Device = "cpu"
     runtime: RuntimeKind = "onnxruntime"
     # What a session is run on that names none.
@@ -96,6 +96,4 @@ class ServerConfig(Limits):
             raise ConfigError(
                 f"there is no model folder {self.models}: give the folder that `carousel export --out` wrote to"
             )
-        host, _, port = self.listen.rpartition(":")
-        if not host or not port.isdecimal() or int(port) > 65535:
-            raise ConfigError(f"listen is {self.listen!r}: it must be HOST:PORT, such as 127.0.0.1:8001")
+        self.check_access()

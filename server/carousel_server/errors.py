@@ -127,6 +127,18 @@ class ForbiddenError(CarouselError):
     reason = "PERMISSION_DENIED"
 
 
+class ScopeError(ForbiddenError):
+    """A call that the caller's token does not allow."""
+
+    reason = "SCOPE_MISSING"
+
+
+class AdminPortError(ForbiddenError):
+    """An admin call, on a port that does not take them."""
+
+    reason = "ADMIN_PORT"
+
+
 class NotOwnerError(ForbiddenError):
     """Somebody else's session."""
 

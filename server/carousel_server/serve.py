@@ -18,11 +18,14 @@ from grpc_reflection.v1alpha import reflection
 
 from carousel_protos.v1 import carousel_pb2
 from carousel_protos.v1.carousel_pb2_grpc import add_CarouselServicer_to_server
+from carousel_server.access import is_loopback
 from carousel_server.config import ServerConfig
 from carousel_server.engine.engine import Engine
-from carousel_server.errors import ConfigError, LoadError
-from carousel_server.front.interceptor import ErrorInterceptor
+from carousel_server.errors import LoadError
+from carousel_server.front.door import Door
+from carousel_server.front.guard import Guard
 from carousel_server.front.native import NativeServicer
+from carousel_server.front.tls import Tls
 
 log = logging.getLogger("carousel")
 
@@ -72,50 +75,48 @@ def _signals() -> Iterator[asyncio.Event]:
 
 
 class Server:
-    """A server on a port: `start`, then `stop`. `port` is known once it was started."""
+    """A server on a port, or two: `start`, then `stop`. `port` and `admin_port` are known once it was started.
+
+    Raises `ConfigError` for certificates and tokens that cannot be used.
+    """
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
         self.engine = Engine(config)
-        self._native = NativeServicer(self.engine)
+        self._guard = Guard(config)
+        self.engine.sessions.quota = self._guard.max_sessions
+        self._tls = (
+            Tls(config.tls_cert, config.tls_key, config.tls_client_ca)
+            if config.tls_cert is not None and config.tls_key is not None
+            else None
+        )
+        self._native = NativeServicer(self.engine, self._guard)
         self._health = health.aio.HealthServicer()
         self._health_updates: set[asyncio.Task[None]] = set()
         self._loaded = False
-        self.port = 0
+        self._doors: list[Door] = []
+        self.port = self.admin_port = 0
 
     async def start(self) -> None:
         """Bind, report NOT_SERVING while models load, then SERVING."""
-        self._server = grpc.aio.server(
-            interceptors=(ErrorInterceptor(),),
-            options=(
-                ("grpc.max_receive_message_length", self._config.max_message_bytes),
-                ("grpc.max_send_message_length", -1),  # an answer that was computed has to reach its client
-                ("grpc.keepalive_time_ms", 60_000),  # a client whose network vanished is found out
-                ("grpc.keepalive_timeout_ms", 20_000),
-                ("grpc.so_reuseport", 0),  # a second server on the port is a mistake, and is told so
-            ),
-        )
-        add_CarouselServicer_to_server(self._native, self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
         await self._report("", serving=False)
         self.engine.catalogue.on_change = self._model_changed
-        try:
-            self.port = self._server.add_insecure_port(self._config.listen)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"cannot listen on {self._config.listen}: it is in use, or no address of this machine; stop what "
-                "listens there, or give another --listen HOST:PORT (port 0 takes any that is free)"
-            ) from error
-        await self._server.start()
-        log.info("listening on %s:%d", self._config.listen.rpartition(":")[0], self.port)
+        self._doors = [
+            Door(setting, self._config, self._guard, self._tls, self._add_services)
+            for setting in self._config.addresses
+        ]
+        self.port, self.admin_port = self._doors[0].port, self._doors[-1].port
+        for setting, door in zip(self._config.addresses, self._doors, strict=True):
+            await door.open()
+            log.info("listening on %s%s", door.address, self._how(setting))
+            if not self._config.protected and not is_loopback(door.address.rpartition(":")[0]):
+                log.warning("%s can be reached from other machines, without TLS or by whoever calls", door.address)
+        self._guard.start()
         try:
             await self.engine.start()
             self._check_served()
         except BaseException:
-            await self._server.stop(grace=None)
-            await self.engine.stop()
+            await self._close(grace_s=None)
             raise
         self._loaded = True
         await self._report_all()
@@ -127,9 +128,33 @@ class Server:
         self._native.announce(drain_s)
         log.info("stopping: %d sessions on streams have %g s to finish", self.engine.sessions.attached, drain_s)
         await self.engine.drain()
-        await self._server.stop(grace=1.0)
-        await self.engine.stop()
+        await self._close(grace_s=1.0)
         log.info("stopped")
+
+    async def _close(self, grace_s: float | None) -> None:
+        self._guard.stop()
+        await asyncio.gather(*(door.close(grace_s) for door in self._doors))
+        await self.engine.stop()
+
+    def _add_services(self, server: grpc.aio.Server) -> None:
+        add_CarouselServicer_to_server(self._native, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+
+    def _how(self, setting: str) -> str:
+        """What an operator has to know of a port, after its address."""
+        ways = [
+            way
+            for way, used in (
+                ("admin calls", setting == "admin"),
+                ("TLS", self._tls is not None),
+                ("client certificates", self._config.tls_client_ca is not None),
+                ("tokens", self._config.tokens is not None),
+            )
+            if used
+        ]
+        return f" ({', '.join(ways)})" if ways else ""
 
     def _check_served(self) -> None:
         """Raise `LoadError` where there are models and none could be loaded; warn where there are none."""

@@ -1,7 +1,7 @@
 """Who is there: sessions by id, whose stream holds them, and how those that are gone went."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from heapq import nsmallest
 from uuid import uuid4
@@ -65,6 +65,8 @@ class Sessions:
         self._late: OrderedDict[str, tuple[Resident, int]] = OrderedDict()
         self._late_bytes = 0
         self._owned: Counter[str] = Counter()
+        # How many sessions an owner may have open, None where only the server's own limit holds.
+        self.quota: Callable[[str], int | None] = lambda _: None
 
     def __len__(self) -> int:
         return len(self._residents)
@@ -142,6 +144,11 @@ class Sessions:
         if len(self._residents) >= self._limits.max_sessions:
             raise TooManySessionsError(
                 f"{len(self._residents)} sessions are open and no more are allowed; close some, or try later",
+                retry_after_s=1.0,
+            )
+        if (quota := self.quota(owner)) is not None and self._owned[owner] >= quota:
+            raise TooManySessionsError(
+                f"{self._owned[owner]} sessions of {owner} are open and no more are allowed; close some, or try later",
                 retry_after_s=1.0,
             )
         return session_id

@@ -1,8 +1,8 @@
-"""Errors of handlers become gRPC statuses here, once for all methods; no traceback ever leaves the process."""
+"""What every call passes through: it is let in, read, and its errors become gRPC statuses; no traceback ever leaves."""
 
 import inspect
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 from uuid import uuid4
 
@@ -11,6 +11,8 @@ from google.protobuf.message import DecodeError
 from google.rpc.status_pb2 import Status
 
 from carousel_server.errors import CarouselError, InvalidError
+from carousel_server.front.guard import Guard
+from carousel_server.front.scopes import needed
 from carousel_server.front.status import to_status
 
 log = logging.getLogger("carousel")
@@ -18,8 +20,14 @@ log = logging.getLogger("carousel")
 Handler = Any  # grpc.RpcMethodHandler has no fields in its type
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps each handler: `CarouselError` aborts with its own status, anything else with INTERNAL and a log entry."""
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps each handler: a caller is known before the request is read, a `CarouselError` aborts with its own status,
+    anything else with INTERNAL and a log entry.
+    """
+
+    def __init__(self, guard: Guard, *, takes_admin: bool) -> None:
+        self._guard = guard
+        self._takes_admin = takes_admin
 
     async def intercept_service(
         self,
@@ -34,27 +42,34 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         else:
             make, behavior = grpc.unary_unary_rpc_method_handler, handler.unary_unary
         if not inspect.iscoroutinefunction(behavior):
-            return handler  # health's Watch and reflection are generators, and raise none of ours
-        # Requests are read inside the guard: what is no message is an error of the client's, told as such. A stream
-        # reads its own, one by one.
+            # Health's Watch and reflection are generators, and raise none of ours.
+            if needed(handler_call_details.method):
+                raise TypeError(f"the handler of {handler_call_details.method} is no coroutine, and would go unguarded")
+            return handler
+        # What is no message is an error of the client's, told as such. A stream reads its requests itself, one by one.
         parse = None if handler.stream_stream is not None else handler.request_deserializer
-        return make(_guard(behavior, parse), None, handler.response_serializer)
+        return make(self._wrap(handler_call_details.method, behavior, parse), None, handler.response_serializer)
 
+    def _wrap(
+        self,
+        method: str,
+        behavior: Callable[[Any, Any], Coroutine[Any, Any, Any]],
+        parse: Callable[[bytes], Any] | None,
+    ) -> Callable[[Any, Any], Awaitable[Any]]:
+        async def wrapped(request: Any, context: Any) -> Any:
+            try:
+                ticket = self._guard.admit(method, context, takes_admin=self._takes_admin)
+                if parse is not None:
+                    return await behavior(_parse(parse, request), context)
+                return await self._guard.serve(method, ticket, behavior(request, context))
+            except CarouselError as error:
+                await abort(context, to_status(error))
+            except grpc.aio.AbortError:
+                raise
+            except Exception:  # noqa: BLE001 (the last stand between a fault and a client)
+                await abort(context, internal())
 
-def _guard(
-    behavior: Callable[[Any, Any], Awaitable[Any]], parse: Callable[[bytes], Any] | None
-) -> Callable[[Any, Any], Awaitable[Any]]:
-    async def guarded(request: Any, context: Any) -> Any:
-        try:
-            return await behavior(_parse(parse, request) if parse is not None else request, context)
-        except CarouselError as error:
-            await abort(context, to_status(error))
-        except grpc.aio.AbortError:
-            raise
-        except Exception:  # noqa: BLE001 (the last stand between a fault and a client)
-            await abort(context, internal())
-
-    return guarded
+        return wrapped
 
 
 def _parse(parse: Callable[[bytes], Any], request: bytes) -> Any:

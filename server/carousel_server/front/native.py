@@ -13,6 +13,7 @@ from carousel_server.engine.codec import decode, encode
 from carousel_server.engine.engine import Engine
 from carousel_server.engine.model import Model
 from carousel_server.engine.sessions import Resident
+from carousel_server.front.guard import Guard, caller
 from carousel_server.front.stream import Context, StreamCall
 
 # Sessions that one answer of ListSessions holds, at most.
@@ -24,8 +25,9 @@ Unary = grpc.aio.ServicerContext[Any, Any]
 class NativeServicer(CarouselServicer):
     """Answers `carousel.v1.Carousel`; errors are raised as `CarouselError` and mapped by the interceptor."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, guard: Guard) -> None:
         self._engine = engine
+        self._guard = guard
         self._calls: set[StreamCall] = set()
         # The deadline that streams were told, in Unix milliseconds.
         self._going_away: int | None = None
@@ -50,26 +52,34 @@ class NativeServicer(CarouselServicer):
         spec = self._engine.catalogue.get(request.model, request.version).spec
         tensors = decode(request.tensors, [port.name for port in (*spec.inputs, *spec.contexts)])
         lengths = np.array(request.lengths, np.int32) if request.lengths else None
-        outputs, version = await self._engine.infer(
-            request.model, request.version, tensors, lengths, variant=request.variant
-        )
+        with self._guard.rows(max((array.shape[0] for array in tensors.values() if array.ndim), default=0)):
+            outputs, version = await self._engine.infer(
+                request.model, request.version, tensors, lengths, variant=request.variant
+            )
         return pb.InferResponse(tensors=[encode(port, outputs[port.name]) for port in spec.outputs], version=version)
 
     async def GetState(self, request: pb.GetStateRequest, context: Unary) -> pb.GetStateResponse:  # noqa: ARG002
-        return pb.GetStateResponse(state=self._engine.get_state(request.session_id))
+        return pb.GetStateResponse(state=self._engine.get_state(request.session_id, owner=caller().name))
 
     async def PutState(self, request: pb.PutStateRequest, context: Unary) -> pb.PutStateResponse:  # noqa: ARG002
         resident = self._engine.put_state(
-            request.state, session_id=request.session_id, version=request.version, move=request.move
+            request.state,
+            session_id=request.session_id,
+            version=request.version,
+            move=request.move,
+            owner=caller().name,
         )
         return pb.PutStateResponse(session=_info(resident))
 
     async def Fork(self, request: pb.ForkRequest, context: Unary) -> pb.ForkResponse:  # noqa: ARG002
-        return pb.ForkResponse(session=_info(self._engine.fork(request.session_id, request.new_session_id)))
+        forked = self._engine.fork(request.session_id, request.new_session_id, owner=caller().name)
+        return pb.ForkResponse(session=_info(forked))
 
     async def ListSessions(self, request: pb.ListSessionsRequest, context: Unary) -> pb.ListSessionsResponse:  # noqa: ARG002
         most = min(request.page_size or _PAGE, _PAGE)
-        found = self._engine.list_sessions(model=request.model, after=request.page_token, most=most + 1)
+        found = self._engine.list_sessions(
+            model=request.model, after=request.page_token, most=most + 1, owner=caller().name
+        )
         infos = [_info(resident, idle_s) for resident, idle_s in found[:most]]
         token = infos[-1].session_id if len(found) > most else ""
         return pb.ListSessionsResponse(sessions=infos, next_page_token=token)

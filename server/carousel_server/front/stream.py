@@ -25,6 +25,7 @@ from carousel_server.engine.engine import Engine
 from carousel_server.engine.session import Event, Failure, Result
 from carousel_server.engine.spec import Port
 from carousel_server.errors import CarouselError, InvalidError, TooLargeError
+from carousel_server.front.guard import caller
 from carousel_server.front.interceptor import internal
 from carousel_server.front.status import to_status
 
@@ -49,6 +50,7 @@ class StreamCall:
         self._engine = engine
         self._requests = requests
         self._context = context
+        self._owner = caller().name
         # Of each session its input names, and its outputs with their sizes.
         self._ports: dict[str, tuple[list[str], Sequence[Port]]] = {}
         # What waits to be written, with its size.
@@ -144,6 +146,7 @@ class StreamCall:
             holder=asked.holder,
             epoch=asked.epoch if asked.HasField("epoch") else None,
             acknowledged=_acknowledged(asked),
+            owner=self._owner,
         )
         self._ports[session.id] = ([port.name for port in model.spec.inputs], session.outputs)
         opened = Opened(
@@ -161,11 +164,17 @@ class StreamCall:
         names, _ = self._ports.get(chunk.session_id, ([], ()))
         tensors = decode(chunk.tensors, names)
         self._engine.submit(
-            self, chunk.session_id, chunk.index, tensors, end=chunk.end, acknowledged=_acknowledged(chunk)
+            self,
+            chunk.session_id,
+            chunk.index,
+            tensors,
+            end=chunk.end,
+            acknowledged=_acknowledged(chunk),
+            owner=self._owner,
         )
 
     def _close(self, asked: Close) -> None:
-        if self._engine.close(self, asked.session_id, acknowledged=_acknowledged(asked)):
+        if self._engine.close(self, asked.session_id, acknowledged=_acknowledged(asked), owner=self._owner):
             self._ports.pop(asked.session_id, None)
             self._send(ResponseItem(closed=ClosedMessage(session_id=asked.session_id)))
 
