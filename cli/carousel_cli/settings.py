@@ -47,7 +47,9 @@ def _parameters(path: str, name: str, table: dict[str, Any], command: click.Comm
             raise click.UsageError(f"{path} has an unknown key {key} in [{name}]{_near(key, options)}")
         option = options[key]
         if (wanted := _misfit(value, option)) is not None:
-            raise click.UsageError(f"{path}: {key} in [{name}] is {value!r}; it must be {wanted}")
+            raise click.UsageError(
+                f"{path}: {key} in [{name}] is {'secret' if option.hide_input else repr(value)}; it must be {wanted}"
+            )
         assert option.name is not None, "every option has a name"
         values[option.name] = value
     return values

@@ -52,7 +52,7 @@ def test_help_lists_every_command(run: Run):
     """`carousel --help` lists the commands."""
     done = run("--help")
     assert done.returncode == 0
-    for command in ("export", "import", "inspect", "verify", "serve", "stream", "tune"):
+    for command in ("export", "import", "inspect", "verify", "serve", "stream", "token", "tune"):
         assert f"  {command} " in done.stdout
 
 

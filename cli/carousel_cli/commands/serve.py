@@ -19,6 +19,10 @@ def _option(flag: str, field: str, help: str, kind: Any = None) -> Callable[[Any
     return click.option(flag, field, type=kind or type(default), default=default, show_default=True, help=help)
 
 
+def _file(flag: str, field: str, help: str) -> Callable[[Any], Any]:  # noqa: A002 -- click's word
+    return click.option(flag, field, type=click.Path(dir_okay=False, path_type=Path), help=help)
+
+
 @click.command()
 @click.option(
     "--models",
@@ -27,6 +31,12 @@ def _option(flag: str, field: str, help: str, kind: Any = None) -> Callable[[Any
     help="The folder with bundles, <models>/<name>/<version>; the newest version of each model is served.",
 )
 @_option("--listen", "listen", "HOST:PORT; port 0 takes any that is free.")
+@_option("--admin", "admin", "HOST:PORT for loading and unloading models, which --listen then refuses.")
+@_file("--tls-cert", "tls_cert", "PEM: the server's certificate; read again when it changes.")
+@_file("--tls-key", "tls_key", "PEM: its key.")
+@_file("--tls-client-ca", "tls_client_ca", "PEM: clients have to show a certificate of these authorities.")
+@_file("--tokens", "tokens", "TOML: who may call what, a line of `carousel token` each; read again when it changes.")
+@click.option("--insecure", is_flag=True, help="Listen for other machines without TLS, or for whoever calls.")
 @_option("--device", "device", "Where the models run.", click.Choice(["cpu", "cuda"]))
 @_option("--runtime", "runtime", "What runs them; torchscript needs torch.", click.Choice(get_args(RuntimeKind)))
 @_option("--variant", "variant", "What a session is run on that names none.", click.Choice(get_args(Variant)))

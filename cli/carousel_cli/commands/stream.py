@@ -13,13 +13,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import carousel_client as cc
 from carousel_cli.answers import Answers
 from carousel_cli.common import make_policy, policy_options
+from carousel_cli.server_options import ServerOptions, server_options
 from carousel_cli.sources import Source, open_source, read_context
 
 
 @click.command()
 @click.argument("model")
 @click.argument("source", metavar="INPUT.npy|.npz|-")
-@click.option("--target", default="localhost:8001", show_default=True, help="HOST:PORT of the server.")
+@server_options
 @click.option("--version", default="", help="The model's version; without it, the newest that is served.")
 @click.option("--variant", default="", help="float32, float16 or int8; without it, the server's choice.")
 @click.option("--chunk", type=click.IntRange(1), default=64, show_default=True, help="Frames sent at once, at most.")
@@ -40,7 +41,7 @@ from carousel_cli.sources import Source, open_source, read_context
 def command(
     model: str,
     source: str,
-    target: str,
+    server: ServerOptions,
     version: str,
     variant: str,
     chunk: int,
@@ -62,7 +63,7 @@ def command(
     try:
         given = read_context(contexts)
         with (
-            cc.connect(target) as client,
+            server.connect() as client,
             client.session(model, version=version, variant=variant, policy=asked, context=given) as session,
         ):
             manifest = client.model(model, version=session.version).manifest

@@ -12,6 +12,7 @@
 """
 
 from carousel_client import aio
+from carousel_client.access import TLS
 from carousel_client.client import Client, Session, connect
 from carousel_client.errors import (
     Aborted,
@@ -33,6 +34,7 @@ from carousel_client.errors import (
 from carousel_client.policies import Carry, Causal, Full, Lookahead, Policy
 
 __all__ = [
+    "TLS",
     "Aborted",
     "AlreadyExists",
     "Cancelled",

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from carousel_client.access import Access
 from carousel_client.errors import CarouselError, FailedPrecondition, Unavailable, from_rpc
 from carousel_client.protocol import SessionState, StreamState
 from carousel_client.requests import read_signature
@@ -25,14 +26,11 @@ Response = TypeVar("Response")
 class Connection:
     """Safe to use from many threads."""
 
-    def __init__(self, target: str, credentials: grpc.ChannelCredentials | None, max_message_bytes: int) -> None:
-        self.target = target
+    def __init__(self, access: Access, max_message_bytes: int) -> None:
+        self.target = access.target
         self.max_message_bytes = max_message_bytes
-        self._channel = (
-            grpc.insecure_channel(target, CHANNEL_OPTIONS)
-            if credentials is None
-            else grpc.secure_channel(target, credentials, CHANNEL_OPTIONS)
-        )
+        self._channel = access.channel(CHANNEL_OPTIONS)
+        self._metadata = access.metadata
         self.stub = CarouselStub(self._channel)
         self._signatures: dict[tuple[str, str], Signature] = {}
         # Guards the stream's state, which callers fill, grpc's writer thread drains and the reader thread answers;
@@ -54,7 +52,7 @@ class Connection:
         if self._closed:
             raise closed_error()
         try:
-            response = method(request, timeout=timeout)
+            response = method(request, timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as error:
             raise from_rpc(error, self.target, connected=self._connected) from None
         self._connected = True
@@ -126,7 +124,7 @@ class Connection:
 
     def _start(self) -> None:
         stream = self._stream = StreamState(self.max_message_bytes)
-        self._call = self.stub.Stream(self._requests(stream))
+        self._call = self.stub.Stream(self._requests(stream), metadata=self._metadata)
         self._reader = threading.Thread(
             target=self._read, args=(stream, self._call), name="carousel-reader", daemon=True
         )

@@ -149,10 +149,17 @@ def from_rpc(error: grpc.RpcError, target: str, *, connected: bool) -> CarouselE
     return _BY_CODE.get(code.value[0], CarouselError)(f"{target} answered {code.name}: {details}")
 
 
+_PLAIN = {
+    "Connection refused": "nobody listens there",
+    "errors resolving": "there is no such host; write HOST:PORT",
+    "DNS resolution failed": "there is no such host; write HOST:PORT",
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is of no authority that is trusted here",
+    "Hostname Verification Check failed": "its certificate is for another name",
+    "WRONG_VERSION_NUMBER": "what listens there speaks no TLS",
+    "Socket closed": "it hung up; it may want TLS, or a certificate from its clients",
+}
+
+
 def _why(details: str) -> str:
     """gRPC's reason for a connection that did not come about, in plain words where it is a common one."""
-    if "Connection refused" in details:
-        return "nobody listens there"
-    if "errors resolving" in details or "DNS resolution failed" in details:
-        return "there is no such host; write HOST:PORT"
-    return details
+    return next((words for known, words in _PLAIN.items() if known in details), details)

@@ -10,6 +10,7 @@ from typing import Self, TypeVar
 
 import grpc
 
+from carousel_client.access import TLS, Access
 from carousel_client.aio.connection import Connection
 from carousel_client.errors import DeadlineExceeded, FailedPrecondition
 from carousel_client.policies import Policy, from_message
@@ -34,15 +35,19 @@ _EXHAUSTED = object()
 def connect(
     target: str,
     *,
-    credentials: grpc.ChannelCredentials | None = None,
+    tls: bool | TLS | grpc.ChannelCredentials = False,
+    token: str | None = None,
+    insecure: bool = False,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
 ) -> "Client":
     """A client of the server at `target`, such as "localhost:8001"; nothing is sent yet.
 
-    `max_message_bytes` bounds what this client sends and should be the server's own limit. Without `credentials`
-    nothing is encrypted.
+    `tls` True encrypts and checks the server's certificate; a `TLS` says more, such as which authorities are believed;
+    gRPC's own credentials are taken as they are. `token` says who calls; it is not sent unencrypted to another machine
+    unless the network is said to be trusted (`insecure`). `max_message_bytes` bounds what this client sends and should
+    be the server's own limit. Raises `InvalidArgument` for files that cannot be used.
     """
-    return Client(target, credentials, max_message_bytes)
+    return Client(Access(target, tls, token, insecure), max_message_bytes)
 
 
 class Client:
@@ -52,8 +57,8 @@ class Client:
     answers, `DeadlineExceeded` after `timeout` seconds (None: no limit).
     """
 
-    def __init__(self, target: str, credentials: grpc.ChannelCredentials | None, max_message_bytes: int) -> None:
-        self._settings = (target, credentials, max_message_bytes)
+    def __init__(self, access: Access, max_message_bytes: int) -> None:
+        self._settings = (access, max_message_bytes)
 
     async def __aenter__(self) -> Self:
         self._connection = Connection(*self._settings)

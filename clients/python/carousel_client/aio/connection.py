@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from carousel_client.access import Access
 from carousel_client.connection import CHANNEL_OPTIONS, CLOSE_GRACE_S, closed_error
 from carousel_client.errors import CarouselError, Unavailable, from_rpc
 from carousel_client.protocol import SessionState, StreamState
@@ -22,14 +23,11 @@ Response = TypeVar("Response")
 class Connection:
     """Made inside the event loop that uses it."""
 
-    def __init__(self, target: str, credentials: grpc.ChannelCredentials | None, max_message_bytes: int) -> None:
-        self.target = target
+    def __init__(self, access: Access, max_message_bytes: int) -> None:
+        self.target = access.target
         self.max_message_bytes = max_message_bytes
-        self._channel = (
-            grpc.aio.insecure_channel(target, CHANNEL_OPTIONS)
-            if credentials is None
-            else grpc.aio.secure_channel(target, credentials, CHANNEL_OPTIONS)
-        )
+        self._channel = access.aio_channel(CHANNEL_OPTIONS)
+        self._metadata = access.metadata
         self.stub = CarouselStub(self._channel)
         self._signatures: dict[tuple[str, str], Signature] = {}
         self._stream: StreamState | None = None
@@ -52,7 +50,7 @@ class Connection:
         if self._closed:
             raise closed_error()
         try:
-            response = await method(request, timeout=timeout)
+            response = await method(request, timeout=timeout, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error, self.target, connected=self._connected) from None
         self._connected = True
@@ -114,7 +112,7 @@ class Connection:
     def _start(self) -> None:
         stream = self._stream = StreamState(self.max_message_bytes)
         self._ready = asyncio.Event()
-        self._call = self.stub.Stream()
+        self._call = self.stub.Stream(metadata=self._metadata)
         self._tasks = [
             asyncio.create_task(self._write(stream, self._call, self._ready), name="carousel-writer"),
             asyncio.create_task(self._read(stream, self._call, self._ready), name="carousel-reader"),
