@@ -7,7 +7,7 @@ import click
 
 from carousel_cli.settings import Settings, flag_of
 
-COMMANDS = ("export", "import", "inspect", "verify", "serve", "stream", "token", "tune")
+COMMANDS = ("export", "import", "inspect", "verify", "serve", "stream", "token", "tune", "doctor")
 
 
 class Carousel(click.Group):

@@ -11,6 +11,7 @@ from carousel_server.errors import ConfigError
 Device = Literal["cpu", "cuda"]
 RuntimeKind = Literal["onnxruntime", "torchscript"]
 Variant = Literal["float32", "float16", "int8"]
+EventLoop = Literal["auto", "uvloop", "asyncio"]
 
 # The library that each runtime needs, and the extra that has it.
 _LIBRARIES: dict[RuntimeKind, tuple[str, str]] = {
@@ -62,7 +63,24 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerConfig(Limits, Access):
+class Threading:
+    """What may be asked of a machine; `carousel_server.machine` chooses what is left open. Raises `ConfigError`."""
+
+    # Threads inside one model call; 0 leaves the choice to the server.
+    threads: int = 0
+    # Whether those threads wait awake for the next call.
+    spinning: bool = False
+    loop: EventLoop = "auto"
+
+    def __post_init__(self) -> None:
+        if self.threads < 0:
+            raise ConfigError(f"threads is {self.threads}: it must be 0 or greater")
+        if self.loop not in get_args(EventLoop):
+            raise ConfigError(f"loop is {self.loop!r}: it must be one of {', '.join(get_args(EventLoop))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig(Limits, Access, Threading):
     """`carousel serve`'s settings."""
 
     models: Path
@@ -70,8 +88,6 @@ class ServerConfig(Limits, Access):
     runtime: RuntimeKind = "onnxruntime"
     # What a session is run on that names none.
     variant: Variant = "float32"
-    # Threads inside one model call; 0 leaves the choice to the server.
-    threads: int = 0
     # Seconds that open sessions are given to finish after SIGTERM.
     drain_timeout_s: float = 30.0
 
@@ -82,8 +98,9 @@ class ServerConfig(Limits, Access):
             if value not in get_args(kinds):
                 raise ConfigError(f"{what} is {value!r}: it must be one of {', '.join(get_args(kinds))}")
         require(self.runtime)
-        if self.threads < 0 or self.drain_timeout_s < 0:
-            raise ConfigError("threads and drain_timeout_s must be 0 or greater")
+        Threading.__post_init__(self)
+        if self.drain_timeout_s < 0:
+            raise ConfigError("drain_timeout_s must be 0 or greater")
         for name in Limits.__dataclass_fields__:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be greater than 0")

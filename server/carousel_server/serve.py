@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 import grpc
-import uvloop
 from grpc_health.v1 import (
     health,  # its `aio` is an attribute, not a module
     health_pb2,
@@ -26,6 +25,7 @@ from carousel_server.front.door import Door
 from carousel_server.front.guard import Guard
 from carousel_server.front.native import NativeServicer
 from carousel_server.front.tls import Tls
+from carousel_server.machine import Machine, choose, run_in
 
 log = logging.getLogger("carousel")
 
@@ -36,7 +36,7 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 def run(config: ServerConfig) -> None:
     """Serve until SIGTERM or SIGINT, and then until open sessions are drained. Raises `ConfigError`."""
-    uvloop.run(_run(config))
+    run_in(choose(Machine.look(), config).loop, _run(config))
 
 
 async def _run(config: ServerConfig) -> None:

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import click
 
 from carousel_cli.common import extra
-from carousel_server.config import RuntimeKind, ServerConfig, Variant
+from carousel_server.config import EventLoop, RuntimeKind, ServerConfig, Variant
 from carousel_server.errors import CarouselError, ConfigError
 
 _FIELDS = ServerConfig.__dataclass_fields__
@@ -40,7 +40,9 @@ def _file(flag: str, field: str, help: str) -> Callable[[Any], Any]:  # noqa: A0
 @_option("--device", "device", "Where the models run.", click.Choice(["cpu", "cuda"]))
 @_option("--runtime", "runtime", "What runs them; torchscript needs torch.", click.Choice(get_args(RuntimeKind)))
 @_option("--variant", "variant", "What a session is run on that names none.", click.Choice(get_args(Variant)))
-@_option("--threads", "threads", "Threads inside one model call; 0 leaves the choice to the server.")
+@_option("--threads", "threads", "Threads inside one model call; 0: see carousel doctor.")
+@click.option("--spinning/--no-spinning", default=False, show_default=True, help="Whether those threads wait awake.")
+@_option("--loop", "loop", "The event loop.", click.Choice(get_args(EventLoop)))
 @_option("--max-batch", "max_batch", "Sessions in one model call.")
 @_option("--max-sessions", "max_sessions", "Open sessions.")
 @_option("--max-message-bytes", "max_message_bytes", "Bytes of one message.")

@@ -21,6 +21,7 @@ from carousel_server.errors import (
     SessionsOpenError,
     shorten,
 )
+from carousel_server.machine import Machine, choose
 
 log = logging.getLogger("carousel")
 
@@ -146,8 +147,13 @@ class Catalogue:
         bundle = Bundle.open(path)
         # A bundle that was copied or renamed goes by its folder.
         bundle.manifest.name, bundle.manifest.version = path.parent.name, path.name
+        plan = choose(Machine.look(), self._config)
         runtimes = load_runtimes(
-            bundle, device=self._config.device, threads=self._config.threads, kind=self._config.runtime
+            bundle,
+            device=self._config.device,
+            threads=plan.threads,
+            spinning=plan.spinning,
+            kind=self._config.runtime,
         )
         for checked in replay(bundle, runtimes):
             if not checked.ok:

@@ -1,6 +1,5 @@
 """onnxruntime: an ONNX file as a function of named arrays. The only module that imports it."""
 
-import os
 import re
 from pathlib import Path
 
@@ -22,14 +21,14 @@ _PROVIDERS: dict[Device, list[tuple[str, dict[str, str]]]] = {
 class OnnxRuntime:
     """One graph, loaded. Raises `LoadError` for a file that onnxruntime refuses or a device that is not there."""
 
-    def __init__(self, path: Path, *, device: Device, threads: int, variant: str) -> None:
+    def __init__(self, path: Path, *, device: Device, threads: int, variant: str, spinning: bool = False) -> None:
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or max(1, (os.cpu_count() or 1) // 2)
+        options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         # Shapes change with every step: patterns kept for each would only grow.
         options.enable_mem_pattern = False
-        # Spinning threads burn a core each at low load for a third of a millisecond.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # A pool of each session's own: that of the process, which Python can make, spins and cannot be told not to.
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         # What was checked was read as ONNX; a file's name could ask for another format.
         options.add_session_config_entry("session.load_model_format", "ONNX")
         options.log_severity_level = 3
@@ -61,6 +60,15 @@ class OnnxRuntime:
         except Exception as error:
             raise RunError(_first_line(error), rejected=isinstance(error, InvalidArgument)) from error
         return outputs
+
+
+def about() -> dict[str, str]:
+    """What there is of onnxruntime here, in words."""
+    return {
+        "onnxruntime": ort.__version__,
+        "providers": ", ".join(ort.get_available_providers()),
+        "CUDA": getattr(ort, "cuda_version", "") or "none in this build of onnxruntime; onnxruntime-gpu has it",
+    }
 
 
 def _first_line(error: Exception) -> str:

@@ -28,7 +28,7 @@ class RunError(Exception):
 
 
 def load_runtimes(
-    bundle: Bundle, *, device: Device, threads: int, kind: RuntimeKind = "onnxruntime"
+    bundle: Bundle, *, device: Device, threads: int, spinning: bool = False, kind: RuntimeKind = "onnxruntime"
 ) -> dict[str, Runtime]:
     """A bundle's graphs of every variant that `kind` can run, by file name.
 
@@ -45,7 +45,9 @@ def load_runtimes(
     from carousel_server.engine.onnx_runtime import OnnxRuntime  # noqa: PLC0415
 
     return {
-        graph.file: OnnxRuntime(bundle.file(graph.file), device=device, threads=threads, variant=graph.variant)
+        graph.file: OnnxRuntime(
+            bundle.file(graph.file), device=device, threads=threads, variant=graph.variant, spinning=spinning
+        )
         for graph in bundle.manifest.graphs
     }
 

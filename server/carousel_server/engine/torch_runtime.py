@@ -1,6 +1,5 @@
 """TorchScript: the methods of a bundle's model.pt as functions of named arrays. The only module that imports torch."""
 
-import os
 import warnings
 
 import torch
@@ -28,7 +27,7 @@ def load(bundle: Bundle, *, device: Device, threads: int) -> "dict[str, TorchRun
         raise LoadError(f"{manifest.name} has no TorchScript; serve it with --runtime onnxruntime")
     if device != "cpu":
         raise LoadError("TorchScript is served on the CPU; use --device cpu, or --runtime onnxruntime")
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // 2))
+    torch.set_num_threads(threads)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"`torch\.jit\..*` is deprecated", DeprecationWarning)
