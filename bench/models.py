@@ -49,4 +49,4 @@ def export_all(folder: Path) -> None:
     """The models folders `A` and `B` under `folder`, with one bundle each, unless they are there."""
     for name, (features, _) in SIZES.items():
         if not (folder / name / name).exists():
-            cx.export(Whole(make(name)), torch.randn(3, FRAMES, features), name=name, out=folder / name)
+            cx.export(Whole(make(name)).eval(), torch.randn(3, FRAMES, features), name=name, out=folder / name)

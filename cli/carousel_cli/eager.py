@@ -1,12 +1,13 @@
 """The eager model that the command line names: a factory, and a checkpoint to load into it. Needs torch."""
 
+import logging
 import pickle
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import click
 import torch
@@ -14,11 +15,16 @@ from torch import Tensor, nn
 
 from carousel_cli.common import import_object, one_line
 
+log = logging.getLogger(__name__)
+
 _SAVE = "save the weights with torch.save(model.state_dict(), …)"
 
 
 def make_model(reference: str, checkpoint: Path | None) -> tuple[nn.Module, tuple[Tensor, ...] | None]:
-    """What MODULE:FACTORY returns: a module, with example inputs if it gives any. Raises `click.ClickException`."""
+    """What MODULE:FACTORY returns: a module, with example inputs if it gives any. Raises `click.ClickException`.
+
+    The module is in evaluation mode, and a line says so where the factory left it, or a part of it, in training mode.
+    """
     factory = import_object(reference)
     try:
         made = factory()
@@ -31,6 +37,9 @@ def make_model(reference: str, checkpoint: Path | None) -> tuple[nn.Module, tupl
         )
     if checkpoint is not None:
         _load(model, checkpoint)
+    if any(module.training for module in model.modules()):
+        log.warning("%s gives a model in training mode: it is set to evaluation mode, as by model.eval()", reference)
+        model.eval()
     return model, (example,) if isinstance(example, Tensor) else example
 
 
@@ -52,6 +61,7 @@ def _load(model: nn.Module, checkpoint: Path) -> None:
         ) from error
     if not isinstance(state, dict):
         raise click.ClickException(f"{checkpoint} holds a {type(state).__name__}; {_SAVE}")
+    state = _unwrapped(model, state, checkpoint)
     if (misfit := _misfit(model, state)) is not None:
         raise click.ClickException(f"{checkpoint} does not fit {type(model).__name__}: {misfit}")
     try:
@@ -60,19 +70,47 @@ def _load(model: nn.Module, checkpoint: Path) -> None:
         raise click.ClickException(f"{checkpoint} does not fit {type(model).__name__}: {one_line(error)}") from error
 
 
-def _misfit(model: nn.Module, state: dict[str, object]) -> str | None:
+def _unwrapped(model: nn.Module, state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """The model's tensors, where a trainer keeps them one level down, or with one prefix before all their names.
+
+    Believed only where exactly one reading has the model's names and no others, and said in a line; else `state`.
+    """
+    own = set(model.state_dict())
+    levels = {"": state} | {str(key): value for key, value in state.items() if isinstance(value, dict)}
+    found = [
+        (key, prefix)
+        for key, level in levels.items()
+        for prefix in {str(name).removesuffix(min(own)) for name in level} | {""}
+        if level.keys() == {prefix + name for name in own}
+    ]
+    if len(found) != 1 or found == [("", "")]:
+        return state
+    ((key, prefix),) = found
+    which = f"the tensors under {key!r}" if key else "its tensors"
+    log.warning("%s: %s are taken%s", checkpoint, which, f", without {prefix!r} before their names" if prefix else "")
+    return {name.removeprefix(prefix): value for name, value in levels[key].items()}
+
+
+def _misfit(model: nn.Module, state: dict[str, Any]) -> str | None:
     """What keeps a checkpoint from being the model's, and what to do; None for what `load_state_dict` has to judge."""
     own = model.state_dict()
-    for key, value in state.items():
-        if isinstance(value, dict) and any(isinstance(entry, Tensor) for entry in value.values()):
-            return f"its tensors are under {key!r}; save that alone, torch.save(checkpoint[{key!r}], …)"
+    nested = [
+        key
+        for key, value in state.items()
+        if isinstance(value, dict) and any(isinstance(entry, Tensor) for entry in value.values())
+    ]
+    if len(nested) > 1:
+        keys = " and ".join(map(repr, nested))
+        return f"it has tensors under {keys}; save those that are meant, torch.save(checkpoint[{nested[0]!r}], …)"
+    where = f"under {nested[0]!r} " if nested else ""
+    state = state[nested[0]] if nested else state
     lacking = [name for name in own if name not in state]
     foreign = [str(key) for key in state if key not in own]
     if lacking or foreign:
         lacks = f"it lacks {len(lacking)} of {len(own)} tensors ({', '.join(lacking[:1])})" if lacking else ""
         has = f"it has {len(foreign)} others ({foreign[0]})" if foreign else ""
         parts = " and ".join(part for part in (lacks, has) if part)
-        return f"{parts}; give the checkpoint of this very model, or rename its keys where they mean the same"
+        return f"{where}{parts}; give the checkpoint of this very model, or rename its keys where they mean the same"
     for name, tensor in own.items():
         value = state[name]
         if isinstance(value, Tensor) and isinstance(tensor, Tensor) and value.shape != tensor.shape:

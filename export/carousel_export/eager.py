@@ -64,14 +64,13 @@ class Eager:
         if isinstance(model, torch.jit.ScriptModule) or not isinstance(model, nn.Module):
             raise ModelError(f"what was given is of type {type(model).__name__}; give the torch.nn.Module itself")
         try:
-            self.module = copy_module(model).cpu().eval()
+            self.module = copy_module(model).cpu()
         except Exception as error:
             raise ModelError(
                 f"{type(model).__name__} cannot be copied ({one_line(error)}); make its tensors parameters or buffers"
             ) from error
+        _check_mode(model)
         _check_weights(self.module)
-        if model.training:
-            log.warning("%s was in training mode: its copy is exported in evaluation mode", type(model).__name__)
         fold(self.module)
         # The names of the parameters that training would change.
         self.trainable = frozenset(
@@ -226,13 +225,26 @@ def call_name(path: str, module: Layer, count: int) -> str:
     return f"{name}.call{count}" if count else name
 
 
+def _check_mode(module: nn.Module) -> None:
+    """A part in training mode may be meant, as dropout is for sampling; nothing would say that it is off."""
+    kind = type(module).__name__
+    if module.training:
+        raise ModelError(f"{kind} is in training mode; call model.eval() before it is exported")
+    for path, part in module.named_modules():
+        if part.training:
+            raise ModelError(
+                f"{path} ({type(part).__name__}) of {kind} is in training mode; call model.eval() before it is exported"
+            )
+
+
 def _check_weights(module: nn.Module) -> None:
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
             raise ModelError(f"{name} has no shape yet; run the model once, then export it")
-        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype != torch.float32:
             raise ModelError(f"{name} is {tensor.dtype}; export the model in float32: model.float()")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all() and isinstance(tensor, nn.Parameter):
+        # A buffer may hold infinities, as a mask does.
+        if bool(tensor.isnan().any()) or (isinstance(tensor, nn.Parameter) and not bool(tensor.isfinite().all())):
             raise ModelError(
                 f"{name} has values that are not finite (NaN or infinity); load a checkpoint that is whole"
             )

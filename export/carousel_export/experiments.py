@@ -13,7 +13,7 @@ from carousel_export.eager import Eager, run_layer
 from carousel_export.errors import ExampleError, PolicyError
 from carousel_export.lift import Frame
 from carousel_export.padding import FRAMES, PadTime, find_paddings
-from carousel_export.policies import Carry, Causal, Full, Lookahead, Piece, Policy
+from carousel_export.policies import Carry, Causal, Full, Lookahead, Piece, Policy, named
 from carousel_export.ragged import RaggedTime
 from carousel_export.recurrent import Layer, States
 from carousel_export.reference import Answer, Reference, Stream
@@ -114,8 +114,7 @@ def choose(policy: Policy | None, findings: Findings) -> tuple[Policy, tuple[Pol
             if isinstance(chosen, Causal)
             else "no direction of the model runs backwards and could look ahead"
         )
-        names = ", ".join(type(each).__name__.lower() for each in allowed)
-        raise PolicyError(f"{type(chosen).__name__.lower()} is not for this model: {reason}; choose of: {names}")
+        raise PolicyError(f"{named([chosen])} is not for this model: {reason}; choose of: {named(allowed)}")
     if not findings.signature.fits(chosen):
         raise PolicyError(f"{chosen} has too few frames ahead: {findings.reason}; give ahead ≥ {least}")
     return chosen, tuple(chosen if type(each) is type(chosen) else each for each in allowed)

@@ -24,10 +24,10 @@ from carousel_export.links import find_links
 from carousel_export.loops.written import without_loops
 from carousel_export.manifest import describe
 from carousel_export.measure import BOUND, measure_variants, start_variants
-from carousel_export.names import check_example, input_names_of
+from carousel_export.names import check_example, check_rows, input_names_of
 from carousel_export.packed import check_packed
 from carousel_export.padding import FRAMES
-from carousel_export.policies import Lookahead, Policy, from_message
+from carousel_export.policies import Lookahead, Policy, from_message, named
 from carousel_export.quiet import undisturbed
 from carousel_export.reference import Reference, Stream
 from carousel_export.report import render
@@ -64,20 +64,21 @@ def export(
 ) -> Bundle:
     """Export a model with recurrent layers to `<out>/<name>/<version>/`, and prove that it says what the model says.
 
-    `model` is left as it is: a copy of it in evaluation mode, float32, on the CPU is exported. `example_inputs` is one
-    tensor or one for each argument of `forward`, in the layout that the model takes; batch and time are found by
-    experiment, unless `dims` gives the axes, such as `{"x": ("batch", "time", "80")}`. An argument without time is a
-    context, given once a session and seen by every step; give it another size than time's where it has an axis of its
-    own, such as `{"memory": ("batch", "source", "64")}`. An argument that reaches a recurrent layer as its state, such
-    as an `(h, c)`, is a state of the session, and lengths that the model packs with are those of the session's blocks:
-    neither is an input of the bundle, nor the state that the model returns an output. `policy` is the bundle's
-    default: if absent, lookahead(8, 8) for a model with a backward direction and causal for any other. `labels` names
-    the classes of an output's last dimension. `data` are sequences of the caller's, each one tensor `[time, …]` for
-    each argument, and `[…]` for a context; the gate tries them beside drawn ones, and the look-ahead curve is theirs.
-    `links` says which other model under `out` answers what a session of this one starts from: a context or a state
-    input, and the model's name and output, as in `{"memory": ("encoder", "memory"), "rnn.h_0": ("encoder", "hidden")}`.
-    `variants` are "int8" and "float16": the ONNX files in that arithmetic, each with its measured error as its
-    tolerance; one whose error is over `variant_error` times the largest value of an output is refused.
+    `model` is in evaluation mode and float32, and is left as it is: a copy of it on the CPU is exported.
+    `example_inputs` is one tensor or one for each argument of `forward`, in the layout that the model takes, of two
+    rows or more; batch and time are found by experiment, unless `dims` gives the axes, such as `{"x": ("batch",
+    "time", "80")}`. An argument without time is a context, given once a session and seen by every step; give it
+    another size than time's where it has an axis of its own, such as `{"memory": ("batch", "source", "64")}`. An
+    argument that reaches a recurrent layer as its state, such as an `(h, c)`, is a state of the session, and
+    lengths that the model packs with are those of the session's blocks: neither is an input of the bundle, nor the
+    state that the model returns an output. `policy` is the bundle's default: if absent, lookahead(8, 8) for a model
+    with a backward direction and causal for any other. `labels` names the classes of an output's last dimension.
+    `data` are sequences of the caller's, each one tensor `[time, …]` for each argument, and `[…]` for a context;
+    the gate tries them beside drawn ones, and the look-ahead curve is theirs. `links` says which other model under
+    `out` answers what a session of this one starts from: a context or a state input, and the model's name and
+    output, as in `{"memory": ("encoder", "memory"), "rnn.h_0": ("encoder", "hidden")}`. `variants` are "int8" and
+    "float16": the ONNX files in that arithmetic, each with its measured error as its tolerance; one whose error is
+    over `variant_error` times the largest value of an output is refused.
     With `triton`, `<out>/<name>/config.pbtxt` is written for Triton Inference Server to serve the same model.onnx as a
     stateful sequence.
 
@@ -96,6 +97,7 @@ def export(
         example, names = eager.find_calling(given, names)
         find = find_step if takes_one_frame(eager, example) else find_signature
         signature = find(eager, example, names, output_names, dims)
+        check_rows(signature, example)
         named_labels = _labels(signature, labels)
         linked = find_links(signature, links or {}, Path(out))
         reference = Reference(eager, signature)
@@ -106,8 +108,6 @@ def export(
         reference = Reference(eager, signature)
         draw = replace(draw, signature=signature)
         default, policies = choose(policy, findings)
-        if findings.reason:
-            log.warning("%s allows %s only: %s", name, ", ".join(map(str, policies)), findings.reason)
         lookahead = Lookahead in findings.policies
         if triton:
             check_triton(writer.version, policies, signature)
@@ -120,9 +120,8 @@ def export(
         proof = prove(runtimes, reference, draw, policies, ragged=signature.ragged, variants=tried)
         write_golden(writer.path / GOLDEN, reference, draw, policies)
         figures = measure(eager, signature, example)
-        manifest = _manifest(eager, figures, signature, default, policies)
-        for port, size in zip(manifest.inputs, find_vocabularies(eager, signature, example), strict=True):
-            port.vocabulary = size
+        vocabularies = find_vocabularies(eager, signature, example)
+        manifest = _manifest(eager, figures, signature, default, policies, vocabularies)
         manifest.name, manifest.version = name, writer.version
         proof["variants"] = measure_variants(writer.path, tried, draw, default, manifest, bound=variant_error)
         for output, values in named_labels.items():
@@ -134,6 +133,8 @@ def export(
         writer.list_files(manifest)
         (writer.path / "report.html").write_text(render(manifest, proof), encoding="utf-8")
         bundle = writer.commit(manifest)
+        if findings.reason:
+            log.warning("%s allows %s only: %s", name, named(policies), findings.reason)
         if triton:
             write_config(bundle)
         return bundle
@@ -186,11 +187,18 @@ def _labels(signature: Signature, labels: Mapping[str, Sequence[str]] | Sequence
 
 
 def _manifest(
-    eager: Eager, figures: Figures, signature: Signature, default: Policy, policies: Sequence[Policy]
+    eager: Eager,
+    figures: Figures,
+    signature: Signature,
+    default: Policy,
+    policies: Sequence[Policy],
+    vocabularies: Sequence[int],
 ) -> pb.Manifest:
     manifest = describe(
         signature, policies, default, ragged=signature.ragged, arguments=eager.calling.described or signature.arguments
     )
+    for port, size in zip(manifest.inputs, vocabularies, strict=True):
+        port.vocabulary = size
     manifest.right_context = signature.right_context
     manifest.stepwise = signature.stepwise
     manifest.layers.extend(figures.layers)

@@ -19,12 +19,15 @@ from carousel_export.lean import lean
 from carousel_export.lift import LiftedModel, bind_onnx, lift
 from carousel_export.nodes import repeat
 from carousel_export.operators import OPSET, TRANSLATIONS
+from carousel_export.place import find_place
 from carousel_export.quiet import quiet
 from carousel_export.signature import AHEAD, BATCH, LENGTHS, TIME, TIME_AHEAD, Dims, Signature
 from carousel_export.step import Step, frame_dims, frame_of
 from carousel_export.tied import tie
 
 MODEL, LOOKAHEAD = "model.onnx", "lookahead.onnx"
+# What torch raises where Python asks for a value that it does not have, as `if` and `.item()` do.
+_DATA_DEPENDENT = ("GuardOnDataDependentSymNode", "DataDependentOutputException", "PendingUnbackedSymbolNotFound")
 
 
 def write_graph(
@@ -61,10 +64,7 @@ def write_graph(
             lean(program.model.graph)
             program.save(path, external_data=False)
     except Exception as error:
-        raise GraphError(
-            f"{eager.name} could not be exported to {path.name}: {_cause(error)}; write its forward without branches "
-            "on values and without sizes taken from the example"
-        ) from error
+        raise GraphError(_refusal(eager, path.name, lifted.model, error)) from error
     if signature.stepwise:
         repeat(path, dims, signature)
     tie(path)
@@ -131,10 +131,20 @@ class _Lookahead(nn.Module):
         return self.lifted.lookahead(*tensors)
 
 
-def _cause(error: BaseException) -> str:
+def _refusal(eager: Eager, file: str, model: nn.Module, error: BaseException) -> str:
+    """Why the exporter failed, in a line: where in whose forward, and what to do."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return one_line(error)
+    where = find_place(error, model)
+    if type(error).__name__ in _DATA_DEPENDENT:
+        return (
+            f"{where or eager.name} depends on the values of a tensor, and a graph is one for all values; choose with "
+            "torch.where, and count by sizes, which are known"
+        )
+    return (
+        f"{eager.name} could not be exported to {file}: {one_line(error)}{f', in {where}' if where else ''}; write its "
+        "forward without branches on values and without sizes taken from the example"
+    )
 
 
 def _check_dims(path: Path, inputs: dict[str, Dims], signature: Signature) -> None:

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from carousel_export.eager import Eager
 from carousel_export.errors import ExampleError, ModelError
-from carousel_export.signature import SUPPORTED_DTYPES
+from carousel_export.signature import BATCH, SUPPORTED_DTYPES, Signature
 
 
 def input_names_of(eager: Eager, example: Sequence[object], given: Sequence[str] | None) -> tuple[str, ...]:
@@ -51,4 +51,16 @@ def check_example(names: Sequence[str], example: tuple[Tensor, ...]) -> None:
         if not torch.isfinite(x).all():
             raise ExampleError(
                 f"example input {name!r} has values that are not finite; give ones that the model will see"
+            )
+
+
+def check_rows(signature: Signature, example: Sequence[Tensor]) -> None:
+    """A batch of one row is no example: an axis that is always 1 looks like it, and it does not show what rows mix."""
+    ports = {port.name: port for port in (*signature.inputs, *signature.contexts)}
+    for name, x in zip(signature.arguments, example, strict=True):
+        dims = ports[name].eager_dims
+        if BATCH in dims and x.shape[dims.index(BATCH)] == 1:
+            raise ExampleError(
+                f"example input {name!r} {list(x.shape)} has a batch of 1 (axis {dims.index(BATCH)}), which an axis "
+                "that is always 1 looks like; give two rows or more"
             )

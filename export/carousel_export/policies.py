@@ -107,6 +107,11 @@ def to_json(policy: Policy) -> dict[str, str | int]:
     return {"kind": pb.PolicyKind.Name(message.kind), "block": message.block, "ahead": message.ahead}
 
 
+def named(policies: Sequence[Policy]) -> str:
+    """Their kinds, as "causal, carry, full"."""
+    return ", ".join(type(policy).__name__.lower() for policy in policies)
+
+
 def _cut(frames: int, sizes: Sequence[int]) -> Iterator[Piece]:
     start = 0
     for size in [*sizes, frames]:

@@ -120,14 +120,21 @@ def test_what_cannot_be_exported_is_said_in_a_line(run_here: Run, tmp_path: Path
     [
         (lambda _: {}, "it lacks 6 of 6 tensors (rnn.weight_ih_l0); give the checkpoint of this very model"),
         (
-            lambda own: {f"module.{name}": tensor for name, tensor in own.items()},
-            "it lacks 6 of 6 tensors (rnn.weight_ih_l0) and it has 6 others (module.rnn.weight_ih_l0); give the",
+            lambda own: {**{f"module.{name}": tensor for name, tensor in own.items()}, "scale": torch.ones(1)},
+            "it lacks 6 of 6 tensors (rnn.weight_ih_l0) and it has 7 others (module.rnn.weight_ih_l0); give the",
         ),
         (
             lambda own: {**own, "linear.weight": torch.zeros(2, 7)},
             "its linear.weight is [2, 7] and the model's is [2, 6]; make the model with the sizes",
         ),
-        (lambda own: {"epoch": 3, "state_dict": own}, "its tensors are under 'state_dict'; save that alone"),
+        (
+            lambda own: {"epoch": 3, "state_dict": {**own, "loss.weight": torch.ones(1)}},
+            "under 'state_dict' it has 1 others (loss.weight); give the checkpoint of this very model",
+        ),
+        (
+            lambda own: {"model": own, "average": own},
+            "it has tensors under 'model' and 'average'; save those that are meant, torch.save(checkpoint['model'], …)",
+        ),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_told_why(run_here: Run, tmp_path: Path, module: None, change, said: str):
@@ -137,6 +144,36 @@ def test_a_checkpoint_that_does_not_fit_is_told_why(run_here: Run, tmp_path: Pat
     torch.save(change(own.state_dict()), tmp_path / "other.pt")
     asked = ("export", "mynet:net", "--name", "net", "--out", "out", *INPUT, "--checkpoint", "other.pt")
     assert f"other.pt does not fit Net: {said}" in one_line(run_here(*asked))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda own: {"epoch": 3, "state_dict": own}, "the tensors under 'state_dict' are taken"),
+        (
+            lambda own: {f"module.{name}": tensor for name, tensor in own.items()},
+            "its tensors are taken, without 'module.' before their names",
+        ),
+        (
+            lambda own: {"state_dict": {f"model.{name}": tensor for name, tensor in own.items()}, "lr": {"rate": 0.1}},
+            "the tensors under 'state_dict' are taken, without 'model.' before their names",
+        ),
+    ],
+)
+def test_a_trainers_checkpoint_is_unwrapped(
+    run_here: Run, tmp_path: Path, module: None, caplog: pytest.LogCaptureFixture, change, said: str
+):
+    """Tensors that a trainer keeps one level down or under a prefix are loaded, which a line says, and are proven."""
+    torch.manual_seed(9)
+    own = torch.nn.Module()
+    own.rnn, own.linear = torch.nn.LSTM(4, 6, batch_first=True), torch.nn.Linear(6, 2)
+    torch.save(own.state_dict(), tmp_path / "plain.pt")
+    torch.save(change(own.state_dict()), tmp_path / "wrapped.pt")
+    done = run_here("export", "mynet:net", "--name", "net", "--out", "out", *INPUT, "--checkpoint", "wrapped.pt")
+    assert done.returncode == 0, done
+    assert f"wrapped.pt: {said}" in caplog.messages
+    done = run_here("verify", "out/net/1", "--eager", "mynet:net", "--checkpoint", "plain.pt")
+    assert done.returncode == 0, done
 
 
 def test_a_file_of_anything_is_no_checkpoint(run_here: Run, tmp_path: Path, module: None):

@@ -26,7 +26,7 @@ class Net(nn.Module):
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_any_example_sizes(shape: tuple[int, int, int], batch_first: bool) -> None:
     """Sizes that coincide, and a batch or a time of one, lead to the same axes as any others."""
-    signature = find_signature(Eager(Net(batch_first=batch_first)), (torch.randn(shape),))
+    signature = find_signature(Eager(Net(batch_first=batch_first).eval()), (torch.randn(shape),))
     lead = ("batch", "time") if batch_first else ("time", "batch")
     assert signature.inputs[0].eager_dims == (*lead, "3")
     assert [port.eager_dims for port in signature.outputs] == [(*lead, "3"), ("3", *lead[::-1]), ("1", "batch", "3")]
@@ -35,7 +35,7 @@ def test_any_example_sizes(shape: tuple[int, int, int], batch_first: bool) -> No
 
 def test_named_axes_are_the_found_ones() -> None:
     """Axes that the caller names give the signature that is found without."""
-    eager, example = Eager(Net(batch_first=False)), (torch.randn(2, 5, 3),)
+    eager, example = Eager(Net(batch_first=False).eval()), (torch.randn(2, 5, 3),)
     named = find_signature(eager, example, dims={"x": ("time", "batch", "3")})
     assert named == find_signature(eager, example)
 
@@ -53,7 +53,7 @@ class Alone(nn.Module):
 
 def test_one_sequence_at_a_time() -> None:
     """Where such a model can take a batch is found too, and kept apart from the axes that it has for its caller."""
-    signature = find_signature(Eager(Alone()), (torch.randn(3, 1),))
+    signature = find_signature(Eager(Alone().eval()), (torch.randn(3, 1),))
     (frames,), (output,) = signature.inputs, signature.outputs
     assert (frames.eager_dims, frames.fed_dims) == (("3", "time"), ("3", "time", "batch"))
     assert (output.eager_dims, output.fed_dims) == (("time", "4"), ("time", "batch", "4"))
@@ -61,7 +61,7 @@ def test_one_sequence_at_a_time() -> None:
 
 def test_a_port_turns_tensors_both_ways() -> None:
     """What is fed in the model's axes and fetched again is the graph's tensor, and so for a single sequence."""
-    signature = find_signature(Eager(Net(batch_first=False)), (torch.randn(2, 5, 3),))
+    signature = find_signature(Eager(Net(batch_first=False).eval()), (torch.randn(2, 5, 3),))
     graph = torch.randn(4, 7, 3)
     for port in (*signature.inputs, *signature.outputs[:2]):
         fed = port.feed(graph)

@@ -54,9 +54,9 @@ def pair(size: int, batch: int) -> tuple[Tensor, Tensor]:
 
 CASES = {
     "apart": (Apart(), (torch.randn(4, 3, 5), *pair(7, 3)), ["x", "lstm.h_0", "lstm.c_0"], ["x"], ["y"]),
-    "paired, one row of one frame": (
+    "paired, rows of one frame": (
         Paired(),
-        ([pair(7, 1), pair(4, 1)], torch.randn(1, 1, 5)),
+        ([pair(7, 2), pair(4, 2)], torch.randn(2, 1, 5)),
         ["[(below.h_0, below.c_0), (above.h_0, above.c_0)]", "x"],
         ["x"],
         ["output"],
@@ -75,7 +75,7 @@ CASES = {
 def test_arguments_are_recognised(tmp_path: Path, case: str) -> None:
     """The bundle's tensors are inputs and outputs alone; the manifest says how to call the model, and is believed."""
     model, example, arguments, inputs, outputs = CASES[case]
-    bundle = cx.export(model, example, name="model", out=tmp_path)
+    bundle = cx.export(model.eval(), example, name="model", out=tmp_path)
     manifest = bundle.manifest
     assert list(manifest.arguments) == arguments
     assert [port.name for port in manifest.inputs] == inputs

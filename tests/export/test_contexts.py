@@ -44,7 +44,7 @@ def example(batch: int, time: int, source: int) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("sizes", [(3, 6, 5), (2, 5, 5), (3, 3, 3), (1, 4, 2), (2, 1, 3)])
 def test_contexts_are_found(sizes: tuple[int, int, int]) -> None:
     """Whatever the example's sizes, the axes are the same: contexts that go together share the name of their axis."""
-    signature = find_signature(Eager(Attends()), example(*sizes))
+    signature = find_signature(Eager(Attends().eval()), example(*sizes))
     assert [port.name for port in signature.inputs] == ["x"]
     dims = {port.name: port.eager_dims for port in signature.contexts}
     assert dims == {"memory": ("source", "batch", "4"), "sizes": ("batch",), "prior": ("batch", "source")}
@@ -61,25 +61,25 @@ def test_named_axes_are_believed() -> None:
         "sizes": ("batch",),
         "prior": ("batch", "words"),
     }
-    signature = find_signature(Eager(Attends()), example(3, 6, 5), dims=named)
+    signature = find_signature(Eager(Attends().eval()), example(3, 6, 5), dims=named)
     assert {port.name: port.eager_dims for port in (*signature.inputs, *signature.contexts)} == named
     fixed = {name: tuple("5" if dim == "words" else dim for dim in dims) for name, dims in named.items()}
-    signature = find_signature(Eager(Attends()), example(3, 6, 5), dims=fixed)
+    signature = find_signature(Eager(Attends().eval()), example(3, 6, 5), dims=fixed)
     assert not signature.sources
 
 
 def test_given_data_have_their_contexts(tmp_path: Path) -> None:
     """Sequences of the caller's own bring their contexts, each of its own size, and a misfit is refused by name."""
     data = [tuple(x[0] if i != 1 else x[:, 0] for i, x in enumerate(example(1, 9, size))) for size in (2, 6)]
-    made = cx.export(Attends(), example(3, 6, 5), name="net", out=tmp_path, data=data)
+    made = cx.export(Attends().eval(), example(3, 6, 5), name="net", out=tmp_path, data=data)
     assert '"given data' in made.file("parity.json").read_text()
     with pytest.raises(cx.ExampleError, match=r"data\[0\] gives 'memory'.*\[source, 4\]"):
-        cx.export(Attends(), example(3, 6, 5), name="net", out=tmp_path, data=[(data[0][0], *[data[0][0]] * 3)])
+        cx.export(Attends().eval(), example(3, 6, 5), name="net", out=tmp_path, data=[(data[0][0], *[data[0][0]] * 3)])
 
 
 def test_golden_contexts_differ_in_size(tmp_path: Path) -> None:
     """The golden sequences of every case have contexts of several sizes, one among them, or little would be shown."""
-    made = cx.export(Attends(), example(3, 6, 5), name="net", out=tmp_path)
+    made = cx.export(Attends().eval(), example(3, 6, 5), name="net", out=tmp_path)
     with safe_open(made.file("golden.safetensors"), framework="pt") as golden:
         for case in json.loads(golden.metadata()["cases"]):
             prefixes = [f"{case['name']}/{i}/context/" for i in range(case["sequences"])]
@@ -117,7 +117,7 @@ class Global(Alone):
 def test_a_context_without_batch_is_refused(model: nn.Module, x: Tensor, words: str) -> None:
     """A context that is not each row's own is refused, by the input that has no batch."""
     with pytest.raises(cx.ExampleError, match=words):
-        find_signature(Eager(model), (x, torch.randn(4)))
+        find_signature(Eager(model.eval()), (x, torch.randn(4)))
 
 
 class Stepwise(nn.Module):
@@ -182,7 +182,7 @@ class Fed(nn.Module):
 def test_a_step_that_is_none(tmp_path: Path, model: nn.Module, shapes: list[tuple[int, ...]], words: str) -> None:
     """A model of one frame a call whose state a session could not carry is refused, and said how to mend it."""
     with pytest.raises(cx.ExportError, match=words):
-        cx.export(model, tuple(map(torch.randn, shapes)), name="net", out=tmp_path)
+        cx.export(model.eval(), tuple(map(torch.randn, shapes)), name="net", out=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -191,9 +191,9 @@ def test_a_step_that_is_none(tmp_path: Path, model: nn.Module, shapes: list[tupl
 )
 def test_a_step_is_proved_again(tmp_path: Path, model: nn.Module, shapes: list[tuple[int, ...]]) -> None:
     """A model that uses its state outside the layer is exported from one frame, and other weights are found out."""
-    bundle = cx.export(model, tuple(map(torch.randn, shapes)), name="net", out=tmp_path)
+    bundle = cx.export(model.eval(), tuple(map(torch.randn, shapes)), name="net", out=tmp_path)
     assert bundle.manifest.stepwise
     assert any("one frame a call" in note for note in bundle.manifest.notes)
     assert parity(bundle, model)["share"] <= 1
     with pytest.raises(cx.ParityError):
-        parity(bundle, type(model)())
+        parity(bundle, type(model)().eval())

@@ -69,7 +69,7 @@ def times(y: Tensor) -> Tensor:
 
 
 def find(model: nn.Module) -> Findings:
-    eager = Eager(model)
+    eager = Eager(model.eval())
     signature = find_signature(eager, (X,))
     draw = Draw(signature, example_samples(signature, (X,)))
     return find_policies(Reference(eager, signature), draw)
@@ -190,8 +190,8 @@ def test_right_context_counts_into_the_policy(tmp_path: Path) -> None:
     """The default looks far enough ahead, a policy that does not is refused, and the bundle says who needs it."""
     model = Net(nn.Conv1d(5, 5, 19, padding=9), same)
     with pytest.raises(cx.PolicyError, match=r"before \(Conv1d\) sees 9 frames ahead; give ahead ≥ 9"):
-        cx.export(model, X, name="model", out=tmp_path, policy=cx.Lookahead(8, 8))
-    bundle = cx.export(model, X, name="model", out=tmp_path)
+        cx.export(model.eval(), X, name="model", out=tmp_path, policy=cx.Lookahead(8, 8))
+    bundle = cx.export(model.eval(), X, name="model", out=tmp_path)
     assert (bundle.manifest.default_policy.ahead, bundle.manifest.right_context) == (9, 9)
     assert "before (Conv1d) sees 9 frames ahead" in bundle.manifest.notes
     assert cx.parity(bundle, model)["maximum"] <= 1e-5

@@ -60,7 +60,7 @@ class MixesRows(Net):
 def test_over_tolerance_there_is_no_bundle(tmp_path: Path, kind: type[Net], words: list[str]) -> None:
     """An exported graph that says something else leaves no bundle; one line says which output, where, by how much."""
     with pytest.raises(cx.ParityError) as failed:
-        cx.export(kind(), X, name="net", out=tmp_path)
+        cx.export(kind().eval(), X, name="net", out=tmp_path)
     line = str(failed.value)
     for word in [*words, "'output'", "carry", "sequence", "frame", "wanted", "got"]:
         assert word in line
@@ -76,16 +76,16 @@ def net() -> Net:
 
 @pytest.fixture(scope="module")
 def bundle(net: Net, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return cx.export(net, X, name="net", out=tmp_path_factory.mktemp("models"))
+    return cx.export(net.eval(), X, name="net", out=tmp_path_factory.mktemp("models"))
 
 
 def test_parity_again(bundle: Bundle, net: Net) -> None:
     """A bundle is proved again against the model that it was made of, and not against another."""
-    assert cx.parity(bundle, net)["maximum"] <= 1e-5
+    assert cx.parity(bundle, net.eval())["maximum"] <= 1e-5
     with pytest.raises(cx.ParityError, match="'output'"):
-        cx.parity(bundle, Net())
+        cx.parity(bundle, Net().eval())
     with pytest.raises(cx.ExportError, match="no layer 'lstm'"):
-        cx.parity(bundle, nn.ModuleDict({"rnn": nn.LSTM(5, 4)}))
+        cx.parity(bundle, nn.ModuleDict({"rnn": nn.LSTM(5, 4)}).eval())
 
 
 @pytest.mark.parametrize(("file", "policy"), [("model.onnx", "carry"), ("lookahead.onnx", "lookahead")])
@@ -100,7 +100,7 @@ def test_one_changed_weight_is_found(bundle: Bundle, net: Net, tmp_path: Path, f
     weight.CopyFrom(numpy_helper.from_array(values, weight.name))
     onnx.save(graph, folder / file)
     with pytest.raises(cx.ParityError, match=f"onnxruntime under {policy}"):
-        cx.parity(Bundle(folder, bundle.manifest), net)
+        cx.parity(Bundle(folder, bundle.manifest), net.eval())
 
 
 class Loud(Net):
@@ -122,17 +122,17 @@ class Loud(Net):
 
 def test_tolerance_follows_the_outputs_scale(tmp_path: Path) -> None:
     """Large logits may be off by 1e-5 of the largest of them and by no more; the manifest and the proof say so."""
-    bundle = cx.export(Loud(4e-6), X, name="loud", out=tmp_path)
+    bundle = cx.export(Loud(4e-6).eval(), X, name="loud", out=tmp_path)
     proof = json.loads(bundle.file("parity.json").read_text())
     assert bundle.manifest.tolerance.absolute == bundle.manifest.tolerance.relative == 1e-5
     assert max(abs(check["worst"]["wanted"]) for check in proof["checks"]) > 150
     assert proof["maximum"] > 1e-4
     assert proof["share"] == max(check["share"] for check in proof["checks"]) <= 1
     with pytest.raises(cx.ParityError, match="times the tolerance"):
-        cx.export(Loud(4e-5), X, name="louder", out=tmp_path)
+        cx.export(Loud(4e-5).eval(), X, name="louder", out=tmp_path)
 
 
 def test_given_data_is_tried(net: Net, tmp_path: Path) -> None:
     """Sequences of the caller's own go through the gate, and the look-ahead curve is theirs."""
-    made = cx.export(net, X, name="net", out=tmp_path, data=[torch.randn(11, 5), torch.randn(3, 5)])
+    made = cx.export(net.eval(), X, name="net", out=tmp_path, data=[torch.randn(11, 5), torch.randn(3, 5)])
     assert '"given data' in made.file("parity.json").read_text()

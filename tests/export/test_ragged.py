@@ -94,4 +94,4 @@ class BySize(nn.Module):
 
 def test_what_cannot_be_ragged_is_marked_so(tmp_path: Path) -> None:
     """Code that takes time's size for its own use is found out, and its bundle asks for batches of equal length."""
-    assert not cx.export(BySize(), torch.randn(2, 6, 5), name="sized", out=tmp_path).manifest.ragged
+    assert not cx.export(BySize().eval(), torch.randn(2, 6, 5), name="sized", out=tmp_path).manifest.ragged

@@ -34,7 +34,7 @@ class Looped(nn.Module):
 
 
 def roll(model: nn.Module, *example: Tensor) -> Rerolled:
-    return reroll(Eager(model), example or (X,))
+    return reroll(Eager(model.eval()), example or (X,))
 
 
 def agree(model: nn.Module, rolled: Rerolled, shape: tuple[int, ...]) -> None:
@@ -310,7 +310,7 @@ class Continued(nn.Module):
 def test_a_state_that_is_passed_in() -> None:
     """A state among the model's arguments is the layer's first, and the last one is returned."""
     model = Continued()
-    rolled = reroll(Eager(model), (X, (torch.randn(2, 5), torch.randn(2, 5))))
+    rolled = reroll(Eager(model.eval()), (X, (torch.randn(2, 5), torch.randn(2, 5))))
     given = torch.randn(3, 9, 4), (torch.randn(3, 5), torch.randn(3, 5))
     with torch.no_grad():
         torch.testing.assert_close(rolled.module(*given), model(*given), rtol=1e-5, atol=1e-6)

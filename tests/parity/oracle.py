@@ -141,4 +141,4 @@ def assert_close(got: Tensor, wanted: Tensor) -> None:
 
 def export(model: nn.Module, example: Tensor | tuple[Tensor, ...], folder: Path, **options: object) -> Exported:
     """The bundle of a model, opened from disk."""
-    return Exported(Bundle.open(cx.export(model, example, name="model", out=folder, **options).path))
+    return Exported(Bundle.open(cx.export(model.eval(), example, name="model", out=folder, **options).path))

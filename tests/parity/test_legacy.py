@@ -37,7 +37,7 @@ def test_legacy_exporter_agrees(tmp_path: Path, name: str) -> None:
             dynamic_axes={"x": {0: "batch", 1: "time"}},
         )
     legacy = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    exported = export(net, torch.randn(3, 4, 5), tmp_path)
+    exported = export(net.eval(), torch.randn(3, 4, 5), tmp_path)
     x = torch.randn(5, 13, 5)
     states = [torch.zeros_like(state) for state in exported.states(5)]
     (wanted,) = legacy.run(None, {"x": np.asarray(x)})

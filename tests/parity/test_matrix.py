@@ -53,7 +53,7 @@ def _check(
     net = Net(
         kind, num_layers=layers, bidirectional=bidirectional, bias=bias, batch_first=batch_first, **options
     ).eval()
-    exported = export(net, torch.randn(2, 3, 5), folder)
+    exported = export(net.eval(), torch.randn(2, 3, 5), folder)
     if bidirectional:
         _check_lookahead(exported, net)
     _check_whole(exported, net)

@@ -51,7 +51,7 @@ class Stacked(nn.Module):
 def test_several_layers_and_outputs(tmp_path: Path) -> None:
     """Several LSTM modules, nested ones too, each have their states; a dict's keys name the outputs."""
     model = Stacked()
-    exported = export(model, TOKENS, tmp_path)
+    exported = export(model.eval(), TOKENS, tmp_path)
     manifest = exported.bundle.manifest
     assert [state.input for state in manifest.states] == [
         "encoder.rnn.h_0",
@@ -83,7 +83,7 @@ class Twice(nn.Module):
 def test_module_called_twice(tmp_path: Path) -> None:
     """Each call has states of its own, a stream cut anywhere equals the whole, and the weights are in the file once."""
     model = Twice()
-    exported = export(model, torch.randn(6, 2, 5), tmp_path)
+    exported = export(model.eval(), torch.randn(6, 2, 5), tmp_path)
     manifest = exported.bundle.manifest
     assert [state.layer for state in manifest.states] == ["lstm", "lstm", "lstm.call1", "lstm.call1"]
     assert [layer.name for layer in manifest.layers] == ["lstm", "lstm.call1"]
@@ -116,7 +116,7 @@ class Tied(nn.Module):
 def test_tied_weights_stay_one(tmp_path: Path) -> None:
     """Weights that two modules share are counted once and written once."""
     model = Tied()
-    exported = export(model, torch.randn(2, 6, 5), tmp_path)
+    exported = export(model.eval(), torch.randn(2, 6, 5), tmp_path)
     assert weight_shapes(exported).count((1, 20, 5)) == 2
     assert exported.bundle.manifest.parameters == 4 * 5 * (5 + 5 + 2)
     (found,) = offline(exported, (x := torch.randn(7, 5),))
@@ -148,7 +148,7 @@ class Alone(nn.Module):
 def test_unbatched_model(tmp_path: Path, batch_first: bool) -> None:
     """A model of one sequence at a time is served in batches, each row as alone; the manifest keeps its own axes."""
     model = Alone(batch_first=batch_first)
-    exported = export(model, TOKENS[0], tmp_path)
+    exported = export(model.eval(), TOKENS[0], tmp_path)
     (port,) = exported.bundle.manifest.inputs
     assert list(port.eager_dims) == ["time"]
     assert list(port.dims) == ["batch", "time"]
@@ -176,7 +176,7 @@ class TwoInputs(nn.Module):
 def test_two_inputs_time_major(tmp_path: Path) -> None:
     """Several inputs, an integer output, sizes that coincide, and zeros given by the model itself."""
     model = TwoInputs()
-    exported = export(model, (torch.randn(2, 2, 2), torch.tensor([[0, 1], [2, 3]])), tmp_path)
+    exported = export(model.eval(), (torch.randn(2, 2, 2), torch.tensor([[0, 1], [2, 3]])), tmp_path)
     manifest = exported.bundle.manifest
     assert [list(port.eager_dims) for port in manifest.inputs] == [["time", "batch", "2"], ["time", "batch"]]
     rows = [(torch.randn(n, 2), torch.randint(0, 4, (n,))) for n in (6, 1, 3)]
@@ -190,7 +190,7 @@ def test_two_inputs_time_major(tmp_path: Path) -> None:
 def test_a_bare_lstm(tmp_path: Path) -> None:
     """An `nn.LSTM` is a model: its h_n and c_n are outputs with one value a sequence, right in a ragged batch."""
     model = nn.LSTM(3, 4, batch_first=True)
-    exported = export(model, torch.randn(2, 5, 3), tmp_path, output_names=["y", "h", "c"])
+    exported = export(model.eval(), torch.randn(2, 5, 3), tmp_path, output_names=["y", "h", "c"])
     assert exported.bundle.manifest.ragged
     rows = [(torch.randn(n, 3),) for n in (6, 1, 3)]
     with torch.no_grad():
@@ -213,11 +213,11 @@ class Last(nn.Module):
 
 def test_last_frame(tmp_path: Path) -> None:
     """`y[:, -1]` streams as a running answer, in ragged batches too; with a backward direction, offline only."""
-    manifest = export(Last(), torch.randn(2, 6, 5), tmp_path / "a").bundle.manifest
+    manifest = export(Last().eval(), torch.randn(2, 6, 5), tmp_path / "a").bundle.manifest
     assert manifest.default_policy.kind == pb.POLICY_KIND_CAUSAL
     assert list(manifest.outputs[0].dims) == ["batch", "4"]
     assert manifest.ragged
-    manifest = export(Last(bidirectional=True), torch.randn(2, 6, 5), tmp_path / "b").bundle.manifest
+    manifest = export(Last(bidirectional=True).eval(), torch.randn(2, 6, 5), tmp_path / "b").bundle.manifest
     assert [policy.kind for policy in manifest.policies] == [pb.POLICY_KIND_FULL]
 
 
@@ -253,10 +253,10 @@ class Attended(nn.Module):
 def test_other_layers_that_mix_time(tmp_path: Path, model: nn.Module, policy: cx.Policy, named: str) -> None:
     """A layer that mixes time is found out and named, a policy that it makes wrong is refused, and full is offered."""
     with pytest.raises(cx.PolicyError) as refused:
-        cx.export(model, torch.randn(2, 6, 5), name="model", out=tmp_path, policy=policy)
+        cx.export(model.eval(), torch.randn(2, 6, 5), name="model", out=tmp_path, policy=policy)
     assert named in str(refused.value)
     assert not list(tmp_path.iterdir())
-    manifest = export(model, torch.randn(2, 6, 5), tmp_path).bundle.manifest
+    manifest = export(model.eval(), torch.randn(2, 6, 5), tmp_path).bundle.manifest
     assert [allowed.kind for allowed in manifest.policies] == [pb.POLICY_KIND_FULL]
     assert manifest.ragged == (type(model) is Attended)
 
@@ -277,7 +277,7 @@ class Prefixes(nn.Module):
 def test_states_are_paired_by_entry_not_by_name(tmp_path: Path) -> None:
     """States stand in the order of the calls, and each follows its own layer through a stream."""
     model = Prefixes()
-    exported = export(model, torch.randn(2, 6, 5), tmp_path)
+    exported = export(model.eval(), torch.randn(2, 6, 5), tmp_path)
     manifest = exported.bundle.manifest
     assert [s.input for s in manifest.states] == [f"{n}.{s}_0" for n in ("rnn_b", "rnn", "rnn_a") for s in "hc"]
     x = torch.randn(12, 5)

@@ -16,7 +16,7 @@ def net() -> Net:
 
 @pytest.fixture(scope="module")
 def exported(net: Net, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return export(net, torch.randn(1, 4, 5), tmp_path_factory.mktemp("models"), policy=cx.Lookahead(4, 2))
+    return export(net.eval(), torch.randn(2, 4, 5), tmp_path_factory.mktemp("models"), policy=cx.Lookahead(4, 2))
 
 
 @pytest.mark.parametrize(("block", "ahead"), [(8, 8), (1, 0), (1, 4), (3, 5), (5, 1), (200, 0)])

@@ -21,7 +21,7 @@ LENGTHS = (1, 2, 17, 9, 30)
 def served(folder: Path, models: Mapping[str, nn.Module], example: Tensor, **options: Any) -> Iterator[cc.Client]:
     """A client of a server that has the models, each exported from the same example."""
     for name, model in models.items():
-        cx.export(model, example, name=name, out=folder, **options)
+        cx.export(model.eval(), example, name=name, out=folder, **options)
     with serving(folder) as server, cc.connect(server.address) as client:
         yield client
 

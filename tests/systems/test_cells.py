@@ -69,7 +69,7 @@ def test_stacked_cells_stream(tmp_path: Path) -> None:
     model = make(Stacked)
     with torch.no_grad():
         model.linear.weight *= 3
-    bundle = cx.export(model, torch.randn(2, 5, 100), name="stacked", out=tmp_path)
+    bundle = cx.export(model.eval(), torch.randn(2, 5, 100), name="stacked", out=tmp_path)
     assert [state.input for state in bundle.manifest.states] == [
         f"{n}.{s}_0" for n in ("first", "second") for s in "hc"
     ]
@@ -90,7 +90,7 @@ def test_stacked_cells_stream(tmp_path: Path) -> None:
 def test_mixed_cells_stream(tmp_path: Path) -> None:
     """Cells of two kinds, and what the loop does beside them, answer frame by frame; the last answer runs along."""
     model = make(Mixed)
-    bundle = cx.export(model, torch.randint(0, 11, (4, 2)), name="mixed", out=tmp_path)
+    bundle = cx.export(model.eval(), torch.randint(0, 11, (4, 2)), name="mixed", out=tmp_path)
     assert [layer.kind for layer in bundle.manifest.layers] == ["GRU", "RNN"]
     tokens = torch.randint(0, 11, (19,))
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_cells_with_states_of_their_own(tmp_path: Path) -> None:
     """A state that the loop is passed is the session's; a learned one is where a session starts."""
     model = make(Learned)
     example = (torch.randn(2, 7), torch.randn(2, 7)), torch.randn(2, 4, 5)
-    bundle = cx.export(model, example, name="continued", out=tmp_path, output_names=["y", "below"])
+    bundle = cx.export(model.eval(), example, name="continued", out=tmp_path, output_names=["y", "below"])
     assert [port.name for port in bundle.manifest.inputs] == ["x"]
     x = torch.randn(20, 5)
     state, below, wanted = (torch.zeros(1, 7), torch.zeros(1, 7)), model.start[None], []
@@ -182,7 +182,7 @@ def test_each_cell_is_its_layer(
 ) -> None:
     """A session starts from any state and is answered as the layer with the cell's weights answers from it."""
     model = Looped(kind(5, 7), batch_first=batch_first, start=start).eval()
-    cx.export(model, torch.randn(2, 3, 5), name="cell", out=tmp_path)
+    cx.export(model.eval(), torch.randn(2, 3, 5), name="cell", out=tmp_path)
     same = layer(5, 7)
     same.load_state_dict({f"{name}_l0": weight for name, weight in model.cell.state_dict().items()})
     x = torch.randn(20, 5)

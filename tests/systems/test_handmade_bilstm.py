@@ -60,7 +60,7 @@ def operators(bundle: Bundle, file: str) -> list[str]:
 def test_two_cells_are_a_bidirectional_lstm(tmp_path: Path) -> None:
     """Two cells over the frames and the flipped frames are one fused operator, and stream as `nn.LSTM` does."""
     model = make(Handmade)
-    bundle = cx.export(model, torch.randn(2, 6, 5), name="handmade", out=tmp_path)
+    bundle = cx.export(model.eval(), torch.randn(2, 6, 5), name="handmade", out=tmp_path)
     assert operators(bundle, "model.onnx") == ["bidirectional"]
     assert bundle.manifest.default_policy.kind == pb.POLICY_KIND_LOOKAHEAD
     assert [list(state.dims) for state in bundle.manifest.states] == [["batch", "2", "7"]] * 2
@@ -147,7 +147,7 @@ def separately_carried(model: Separate, x: Tensor, block: int) -> Tensor:
 def test_directions_stacked_separately(tmp_path: Path) -> None:
     """A second layer that sees its own direction alone keeps that meaning, offline and under every policy."""
     model = make(Separate)
-    bundle = cx.export(model, torch.randn(6, 2, 5), name="separate", out=tmp_path, policy=cx.Lookahead(3, 2))
+    bundle = cx.export(model.eval(), torch.randn(6, 2, 5), name="separate", out=tmp_path, policy=cx.Lookahead(3, 2))
     assert sorted(operators(bundle, "model.onnx")) == ["forward", "forward", "reverse", "reverse"]
     assert [layer.name for layer in bundle.manifest.layers] == [
         "forwards.0",

@@ -52,7 +52,7 @@ MODELS = {"lstm": language_model(nn.LSTM), "gru": language_model(nn.GRU)}
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cc.Client]:
     folder = tmp_path_factory.mktemp("language")
     for name, model in MODELS.items():
-        cx.export(model, (torch.randint(0, WORDS, (3, 4)), model.start(3)), name=name, out=folder)
+        cx.export(model.eval(), (torch.randint(0, WORDS, (3, 4)), model.start(3)), name=name, out=folder)
     with serving(folder) as server, cc.connect(server.address) as connected:
         yield connected
 

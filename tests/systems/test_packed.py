@@ -50,7 +50,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cc.Client]:
     folder = tmp_path_factory.mktemp("packed")
     for name, model in TAGGERS.items():
         x = torch.randn(3, 4, 5) if model.options["batch_first"] else torch.randn(4, 3, 5)
-        cx.export(model, (x, torch.tensor([4, 2, 1])), name=name, out=folder)
+        cx.export(model.eval(), (x, torch.tensor([4, 2, 1])), name=name, out=folder)
     with serving(folder) as server, cc.connect(server.address) as connected:
         yield connected
 

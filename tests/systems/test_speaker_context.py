@@ -31,7 +31,7 @@ class Acoustic(nn.Module):
 def test_speakers_stream(tmp_path: Path) -> None:
     """Each session keeps its own speaker through every block, under every policy, beside the others."""
     model = make(Acoustic)
-    bundle = cx.export(model, (torch.randn(6, 3, 5), torch.randn(3, 4)), name="acoustic", out=tmp_path)
+    bundle = cx.export(model.eval(), (torch.randn(6, 3, 5), torch.randn(3, 4)), name="acoustic", out=tmp_path)
     assert [list(port.dims) for port in bundle.manifest.contexts] == [["batch", "4"]]
     streams = [(torch.randn(length, 5), torch.randn(4)) for length in (20, 7, 13)]
 

@@ -98,7 +98,7 @@ def test_config_says_what_the_graph_is(tmp_path: Path, kind: str) -> None:
     """Inputs, outputs and state pairs by name have the graph's types and dims, and sequence start resets each state."""
     torch.manual_seed(0)
     model = Prefixes().eval() if kind == "prefixes" else make(Tagger)
-    bundle = cx.export(model, torch.randn(3, 6, 5), name=kind, out=tmp_path, triton=True)
+    bundle = cx.export(model.eval(), torch.randn(3, 6, 5), name=kind, out=tmp_path, triton=True)
     assert (tmp_path / kind / "1" / "model.onnx").exists()
     config = parse((tmp_path / kind / "config.pbtxt").read_text())
     graph = onnx.load(bundle.file("model.onnx")).graph
@@ -138,7 +138,7 @@ class Last(nn.Module):
 def test_what_triton_cannot_serve_is_refused(tmp_path: Path) -> None:
     """A model that may not carry its state, and a version that is no number, are one line each and no bundle."""
     with pytest.raises(cx.PolicyError, match="right under full alone; leave out --triton"):
-        cx.export(Last(), torch.randn(2, 6, 5), name="last", out=tmp_path, triton=True)
+        cx.export(Last().eval(), torch.randn(2, 6, 5), name="last", out=tmp_path, triton=True)
     with pytest.raises(cx.ExportError, match="version 'a' is no number, which Triton wants"):
         cx.export(make(Tagger), torch.randn(2, 6, 5), name="tagger", out=tmp_path, version="a", triton=True)
     assert not list(tmp_path.iterdir())

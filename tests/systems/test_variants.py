@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     both = ("int8", "float16")
     example = torch.randn(3, 6, 16)
     policy = cx.Lookahead(4, 2)
-    cx.export(tagger(), example, name="tagger", out=models, policy=policy, variants=both)
+    cx.export(tagger().eval(), example, name="tagger", out=models, policy=policy, variants=both)
     cx.export(make(Speaker), torch.randint(0, 11, (3, 6)), name="speaker", out=models, variants=both)
     return models
 
@@ -132,12 +132,12 @@ def test_an_error_over_the_bound_is_refused_unless_asked(tmp_path: Path) -> None
     torch.manual_seed(1)
     model, example = Wide().eval(), torch.randn(2, 6, 4)
     with pytest.raises(cx.ParityError, match=r"int8: output 'output' is off by .* over 0.1; export without --variant"):
-        cx.export(model, example, name="wide", out=tmp_path, variants=["int8"])
+        cx.export(model.eval(), example, name="wide", out=tmp_path, variants=["int8"])
     assert not list(tmp_path.iterdir())
-    bundle = cx.export(model, example, name="wide", out=tmp_path, variants=["int8"], variant_error=5.0)
+    bundle = cx.export(model.eval(), example, name="wide", out=tmp_path, variants=["int8"], variant_error=5.0)
     assert all(case.ok for case in replay(bundle.path))
     with pytest.raises(cx.ExportError, match="there is no variant 'int4'; there are int8, float16"):
-        cx.export(model, example, name="wide", out=tmp_path, variants=["int4"])
+        cx.export(model.eval(), example, name="wide", out=tmp_path, variants=["int4"])
 
 
 def test_gru_stays_float32_in_int8(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -146,7 +146,7 @@ def test_gru_stays_float32_in_int8(tmp_path: Path, caplog: pytest.LogCaptureFixt
     example = torch.randn(2, 6, 4)
     with caplog.at_level("INFO", "carousel_export"):
         cx.export(
-            nn.GRU(4, 6, batch_first=True),
+            nn.GRU(4, 6, batch_first=True).eval(),
             example,
             name="gru",
             out=tmp_path,

@@ -101,7 +101,7 @@ def test_weights_are_what_the_model_uses(tmp_path: Path, made: Callable[[], nn.M
     model = made().eval()
     with torch.no_grad():
         wanted = model(TOKENS)
-    bundle = cx.export(model, TOKENS, name="net", out=tmp_path)
+    bundle = cx.export(model.eval(), TOKENS, name="net", out=tmp_path)
     with serving(tmp_path) as server, cc.connect(server.address) as client:
         for row, answer in zip(TOKENS, wanted, strict=True):
             with client.session("net") as session:
@@ -118,9 +118,9 @@ def initialisers(bundle_file: Path) -> list[tuple[int, ...]]:
 
 def test_tied_weights_are_written_once(tmp_path: Path) -> None:
     """An embedding that is the output layer's weight too, and a layer under two names, are in each file once."""
-    shapes = initialisers(cx.export(tied(), TOKENS, name="tied", out=tmp_path).file("model.onnx"))
+    shapes = initialisers(cx.export(tied().eval(), TOKENS, name="tied", out=tmp_path).file("model.onnx"))
     assert shapes.count((10, 6)) + shapes.count((6, 10)) == 1
-    shapes = initialisers(cx.export(Shared(), TOKENS, name="shared", out=tmp_path).file("model.onnx"))
+    shapes = initialisers(cx.export(Shared().eval(), TOKENS, name="shared", out=tmp_path).file("model.onnx"))
     assert shapes.count((1, 24, 6)) == 4
 
 
@@ -139,7 +139,7 @@ class Wide(nn.Module):
 
 def test_figures_of_layers(tmp_path: Path) -> None:
     """Parameters, state and FLOPs of each layer are what its sizes say; a second direction doubles them."""
-    manifest = cx.export(Wide(), torch.randn(3, 6, 5), name="wide", out=tmp_path).manifest
+    manifest = cx.export(Wide().eval(), torch.randn(3, 6, 5), name="wide", out=tmp_path).manifest
     both, one = manifest.layers
     assert (both.num_layers, both.num_directions) == (2, 2)
     first, second = 2 * 4 * 7 * (5 + 7 + 2), 2 * 4 * 7 * (14 + 7 + 2)

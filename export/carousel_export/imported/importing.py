@@ -21,7 +21,7 @@ from carousel_export.imported.pairs import find_pairs, fits, is_lengths
 from carousel_export.imported.reference import FileReference
 from carousel_export.imported.torch_file import TorchFile
 from carousel_export.manifest import describe
-from carousel_export.policies import Policy
+from carousel_export.policies import Policy, named
 from carousel_export.quiet import undisturbed
 from carousel_export.reference import Stream
 from carousel_export.report import render
@@ -72,7 +72,7 @@ def import_model(
         pairs = ", ".join(f"{state.input} → {state.output}" for state in signature.states)
         log.info("%s: states %s", path.name, pairs or "none")
         if findings.reason:
-            log.info("%s allows %s only: %s", name, type(default).__name__.lower(), findings.reason)
+            log.info("%s allows %s only: %s", name, named(policies), findings.reason)
         with writer:
             written = foreign.write(writer.path, plan)
             runtimes = _runtimes(writer.path, written)
