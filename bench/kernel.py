@@ -67,7 +67,7 @@ def export_all(folder: Path) -> dict[str, Path]:
     for name, (features, _) in SIZES.items():
         if not (folder / name).exists():
             cx.export(
-                Whole(make(name)), torch.randn(3, FRAMES, features), name=name, out=folder, version="1",
+                Whole(make(name)).eval(), torch.randn(3, FRAMES, features), name=name, out=folder, version="1",
                 variants=["int8"],
             )  # fmt: skip
     return {name: folder / name / "1" for name in SIZES}

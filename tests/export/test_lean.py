@@ -38,7 +38,7 @@ class Residual(nn.Module):
 def test_look_ahead_computes_what_the_block_needs(tmp_path: Path) -> None:
     """Over the frames ahead the last layer runs backwards alone, and what follows it does not run at all."""
     torch.manual_seed(0)
-    bundle = cx.export(Residual(), torch.randint(0, 11, (3, 7)), name="residual", out=tmp_path)
+    bundle = cx.export(Residual().eval(), torch.randint(0, 11, (3, 7)), name="residual", out=tmp_path)
     graph = onnx.load(bundle.file("lookahead.onnx")).graph
     counts = Counter(node.op_type for node in graph.node)
     assert counts["LSTM"] == 4 + 3
@@ -62,7 +62,7 @@ class Single(nn.Module):
 def test_carry_has_one_transposition_a_tensor(tmp_path: Path) -> None:
     """A bidirectional layer's two directions are put side by side and made batch first in one transposition."""
     torch.manual_seed(0)
-    bundle = cx.export(Single(), torch.randn(2, 6, 5), name="one", out=tmp_path)
+    bundle = cx.export(Single().eval(), torch.randn(2, 6, 5), name="one", out=tmp_path)
     graph = onnx.load(bundle.file("model.onnx")).graph
     # x, h_0 and c_0 in, y, h_n and c_n out.
     assert Counter(node.op_type for node in graph.node)["Transpose"] == 6
