@@ -94,13 +94,9 @@ def export(
         names = input_names_of(eager, given, input_names)
         leaves = [(name, leaf) for name, each in zip(names, given, strict=True) for leaf in pytree.tree_leaves(each)]
         check_example(*zip(*leaves, strict=True))
-        example, names = eager.find_calling(given, names)
-        find = find_step if takes_one_frame(eager, example) else find_signature
-        signature = find(eager, example, names, output_names, dims)
-        check_rows(signature, example)
+        signature, example = _read(eager, given, names, output_names, dims)
         named_labels = _labels(signature, labels)
         linked = find_links(signature, links or {}, Path(out))
-        reference = Reference(eager, signature)
         draw = Draw(signature, example_samples(signature, example), given_streams(signature, data))
         check_packed(eager, draw, example)
         findings = find_policies(Reference(eager, signature, rolled=True), draw)
@@ -163,6 +159,21 @@ def parity(bundle: Bundle, model: nn.Module) -> dict[str, Any]:
         signature = signature if signature.stepwise else with_paddings(eager, signature, draw)
         policies = [from_message(policy) for policy in manifest.policies]
         return prove(runtimes_of(bundle.path), Reference(eager, signature), draw, policies, ragged=manifest.ragged)
+
+
+def _read(
+    eager: Eager,
+    given: Sequence[Any],
+    names: Sequence[str],
+    output_names: Sequence[str] | None,
+    dims: Mapping[str, Sequence[str]] | None,
+) -> tuple[Signature, tuple[Tensor, ...]]:
+    """The model's signature, and those of the example's arguments that are its inputs."""
+    example, names = eager.find_calling(given, names)
+    find = find_step if takes_one_frame(eager, example) else find_signature
+    signature = find(eager, example, names, output_names, dims)
+    check_rows(signature, example)
+    return signature, example
 
 
 def _as_example(signature: Signature, sample: Stream) -> list[Tensor]:
