@@ -37,8 +37,7 @@ async def commit_until_it_fails(store: Store, number: int) -> int:
     while True:
         try:
             await store.commit(holding(numbered(number)))
-        except StoreError as error:
-            assert "failed: " in str(error)  # noqa: PT017 - the first of many commits to fail, whichever it is
+        except StoreError:
             return number - 1
         number += 1
 
@@ -58,15 +57,17 @@ async def test_a_killed_server_loses_nothing_acknowledged(server: RedisServer) -
     await store.close()
 
 
-async def test_a_server_that_does_not_answer(server: RedisServer) -> None:
+async def test_a_server_that_does_not_answer(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
     """A redis that hangs is a StoreError after the time of a call, and the store works once the redis goes on."""
     store = open_store(server.url, timeout_s=0.2)
     await store.commit(BATCH)
     server.pause()
     for call in (store.commit(holding(b"late")), store.claim("s"), store.read("s"), store.list(None, limit=1)):
-        with pytest.raises(StoreError, match=r"took over 0\.2 s") as caught:
+        caplog.clear()
+        with pytest.raises(StoreError) as caught:
             await call
         assert caught.value.retry_after_s is not None
+        assert f"{server.url}/0: no answer within 0.2 s" in caplog.text
     server.go_on()
     assert await store.commit(holding(b"next")) == set()
     assert await payloads(store) == {b"next"}
@@ -85,14 +86,15 @@ async def test_a_late_commit_never_follows_the_next(server: RedisServer) -> None
     await store.close()
 
 
-async def test_a_full_server(server: RedisServer) -> None:
+async def test_a_full_server(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
     """A redis at its maxmemory is a StoreError that says so, keeps what it has, and works when there is room."""
     store = open_store(server.url)
     assert isinstance(store, RedisStore)
     await store.commit(BATCH)
     await store._redis.config_set("maxmemory", 1)
-    with pytest.raises(StoreError, match="maxmemory"):
+    with pytest.raises(StoreError):
         await store.commit(holding(b"next"))
+    assert "maxmemory" in caplog.text
     assert await payloads(store) == {b"first"}
     await store._redis.config_set("maxmemory", 0)
     assert await store.commit(holding(b"next")) == set()
@@ -106,8 +108,9 @@ async def test_a_password(server: RedisServer, caplog: pytest.LogCaptureFixture)
     store = open_store(f"redis://:{ESCAPED}@127.0.0.1:{server.port}")
     assert await store.commit(BATCH) == set()
     stranger = open_store(f"redis://:wr0ng@127.0.0.1:{server.port}")
-    with pytest.raises(StoreError, match="failed: ") as caught:
+    with pytest.raises(StoreError) as caught:
         await stranger.read("s")
+    assert stranger.name in caplog.text
     told = f"{store.name} {store!r} {stranger.name} {caught.value} {caught.value.__cause__!r} {caplog.text}"
     assert not any(secret in told for secret in (PASSWORD, ESCAPED, "wr0ng"))
     await store.close()
@@ -161,7 +164,7 @@ async def tls_before(server: RedisServer, context: ssl.SSLContext) -> AsyncItera
         yield front.sockets[0].getsockname()[1]
 
 
-async def test_tls(server: RedisServer, tmp_path: Path) -> None:
+async def test_tls(server: RedisServer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """rediss:// encrypts, and trusts only a certificate for the server's name, by the authority that was given."""
     authority, stranger = trustme.CA(), trustme.CA()
     files = {}
@@ -177,6 +180,8 @@ async def test_tls(server: RedisServer, tmp_path: Path) -> None:
                 assert await store.commit(BATCH) == set()
                 assert await payloads(store) == {b"first"}
             else:
-                with pytest.raises(StoreError, match=r"failed: .*certificate"):
+                caplog.clear()
+                with pytest.raises(StoreError):
                     await store.commit(BATCH)
+                assert "certificate verify failed" in caplog.text
             await store.close()

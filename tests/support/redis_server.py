@@ -33,6 +33,10 @@ class RedisServer:
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}"
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def start(self) -> None:
         """Start, or start again on the same files, and wait until it answers."""
         with self._log.open("ab") as log:

@@ -18,8 +18,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import RedisError
 
-from carousel_server.errors import ConfigError, StoreError
-from carousel_server.store.store import TIMEOUT_S, Record
+from carousel_server.errors import ConfigError
+from carousel_server.store.store import TIMEOUT_S, Record, failed
 
 _PREFIX = "carousel:"
 _TLS_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
@@ -225,9 +225,9 @@ class RedisStore:
             async with asyncio.timeout(self._timeout_s):
                 return await answer
         except TimeoutError as error:
-            raise StoreError(f"the store {self.name} took over {self._timeout_s:g} s; try later") from error
+            raise failed(self.name, f"no answer within {self._timeout_s:g} s") from error
         except (RedisError, OSError) as error:
-            raise StoreError(f"the store {self.name} failed: {error}; the call may be made again") from error
+            raise failed(self.name, str(error)) from error
 
 
 def _record(session_id: str, values: Sequence[bytes | None]) -> Record | None:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 from uuid import uuid4
 
-from carousel_server.errors import ConfigError, StoreError
-from carousel_server.store.store import TIMEOUT_S, Record
+from carousel_server.errors import ConfigError
+from carousel_server.store.store import TIMEOUT_S, Record, failed
 
 Result = TypeVar("Result")
 
@@ -153,7 +153,7 @@ class SqliteStore:
                 self._room.release()
 
         if not self._room.acquire(blocking=False):
-            raise StoreError(f"{_MOST_WAITING} calls wait for the store {self.name} already; try later")
+            raise failed(self.name, f"{_MOST_WAITING} calls wait already")
         answer = asyncio.wrap_future(self._thread.submit(run))
         # What fails after its caller has gone is nobody's to hear.
         answer.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -162,9 +162,9 @@ class SqliteStore:
                 # Not cancelled with the caller: room is released when the thread has been there.
                 return cast("Result", await asyncio.shield(answer))
         except sqlite3.Error as error:
-            raise StoreError(f"the store {self.name} failed: {error}; the call may be made again") from error
+            raise failed(self.name, str(error)) from error
         except TimeoutError as error:
-            raise StoreError(f"the store {self.name} took over {self._timeout_s:g} s; try later") from error
+            raise failed(self.name, f"no answer within {self._timeout_s:g} s") from error
         finally:
             given_up.set()
 

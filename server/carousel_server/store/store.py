@@ -1,8 +1,13 @@
 """What every store promises: one record a session, and one process that may write it."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from carousel_server.errors import StoreError
+
+log = logging.getLogger("carousel")
 
 # Seconds after which a call that has no answer is a `StoreError`.
 TIMEOUT_S = 5.0
@@ -25,6 +30,12 @@ class Record:
     gone: str
     # Unix seconds, finite; the store forgets the record after that.
     expires_at: float
+
+
+def failed(name: str, why: str) -> StoreError:
+    """The error of a store: its address and what it said are for the operator's log, and not for clients."""
+    log.warning("the store %s: %s", name, why)
+    return StoreError("the session store failed or is full; try again later")
 
 
 class Store(Protocol):
