@@ -9,9 +9,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-import trustme
+from cryptography import x509
 from tests.durability.batch import BATCH, holding, number_in, numbered, payloads
 from tests.durability.conftest import SERVERS
+from tests.support.certificates import LOCAL, Authority
 from tests.support.redis_server import RedisServer
 
 from carousel_server.errors import ConfigError, StoreError
@@ -166,16 +167,14 @@ async def tls_before(server: RedisServer, context: ssl.SSLContext) -> AsyncItera
 
 async def test_tls(server: RedisServer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """rediss:// encrypts, and trusts only a certificate for the server's name, by the authority that was given."""
-    authority, stranger = trustme.CA(), trustme.CA()
-    files = {}
-    for name, issuer in (("ca", authority), ("other", stranger)):
-        files[name] = tmp_path / f"{name}.pem"
-        issuer.cert_pem.write_to_path(str(files[name]))
-    for host, ca, trusted in (("127.0.0.1", "ca", True), ("127.0.0.1", "other", False), ("redis.local", "ca", False)):
+    authority, stranger = Authority(tmp_path), Authority(tmp_path, "stranger")
+    own = authority.pair("redis", LOCAL)
+    other = authority.pair("elsewhere", [x509.DNSName("redis.example")])
+    for pair, trusts, trusted in ((own, authority, True), (own, stranger, False), (other, authority, False)):
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        authority.issue_cert(host).configure_cert(context)
+        context.load_cert_chain(pair.certificate, pair.key)
         async with tls_before(server, context) as port:
-            store = open_store(f"rediss://127.0.0.1:{port}?ssl_ca_certs={files[ca]}")
+            store = open_store(f"rediss://127.0.0.1:{port}?ssl_ca_certs={trusts.path}")
             if trusted:
                 assert await store.commit(BATCH) == set()
                 assert await payloads(store) == {b"first"}
