@@ -7,27 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from carousel_export.eager import Eager, plain
+from carousel_export.eager import Eager
 from carousel_export.errors import ExampleError, ModelError
+from carousel_export.following import Following, find_following, find_reduced, misnamed, several
 from carousel_export.given import Axes, given_axes, given_sources
 from carousel_export.names import input_names_of, output_names_of
-from carousel_export.recurrent import Layer, States, sides_of, states_of
+from carousel_export.recurrent import sides_of, states_of
+from carousel_export.runs import Run, grow, grow_all, grown_runs, run_on
 from carousel_export.signature import BATCH, SOURCE, TIME, Dims, Port, Signature, State
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A recurrent call that was seen: its input's size along time and, where it has one, batch."""
-
-    name: str
-    module: Layer
-    sizes: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class _Run:
-    calls: tuple[_Call, ...]
-    outputs: Sequence[Tensor]
 
 
 def find_signature(
@@ -47,12 +34,12 @@ def find_signature(
     """
     names = input_names_of(eager, example, input_names)
     tree = eager.run_tree(example)
-    base = _run(eager, example)
+    base = run_on(eager, example)
     assert base is not None, "the example ran a moment ago"
     if not base.calls:
         raise ModelError(f"{eager.name} did not call any of its recurrent layers ({', '.join(eager.recurrent)})")
     given = given_axes(names, example, dims)
-    time_axes = given[TIME] if given else _search(eager, example, base, TIME)
+    time_axes = given[TIME] if given else _search(eager, example, base, TIME) or find_reduced(eager, example, base)
     if time_axes is None:
         raise _lost(eager, example, base, names)
     batch_axes = given[BATCH] if given else _search(eager, example, base, BATCH)
@@ -63,19 +50,14 @@ def find_signature(
     eager_dims = [
         _dims(x, {axis: role for role, axes in roles if (axis := axes[i]) is not None}) for i, x in enumerate(example)
     ]
-    frames = next(x.shape[axis] for x, axis in zip(example, time_axes, strict=True) if axis is not None)
-    outputs = _output_dims(eager, example, base, roles, output_names_of(tree, output_names))
+    named_outputs = output_names_of(tree, output_names)
+    following = find_following(eager, example, base, time_axes, named_outputs)
+    outputs = _output_dims(eager, example, base, roles[1:], named_outputs, following)
     if batch_axes is None:
         whole = tuple(axis for axis in time_axes if axis is not None)
         fed_inputs, fed_outputs = _find_fed(eager, example, whole, eager_dims, outputs)
     else:
         fed_inputs, fed_outputs = eager_dims, list(outputs.values())
-    for name, named in outputs.items():
-        if TIME in named and (got := base.outputs[list(outputs).index(name)].shape[named.index(TIME)]) != frames:
-            raise ExampleError(
-                f"output {name!r} has {got} frames where the input has {frames}; return a value for each frame, or "
-                "one for the sequence"
-            )
     ports = [
         Port(name, x.dtype, named, fed)
         for name, x, named, fed in zip(names, example, eager_dims, fed_inputs, strict=True)
@@ -91,11 +73,14 @@ def find_signature(
         states=tuple(
             State.of(call.name, kind.letter, kind.rows, kind.size, initial=initial)
             for call in base.calls
+            if call.name not in eager.calling.computed
             for kind, initial in zip(
                 states_of(call.module), eager.calling.starts.get(call.name, itertools.repeat(None)), strict=False
             )
         ),
         bidirectional=any("reverse" in sides_of(call.module) for call in base.calls),
+        extents=following.extents,
+        reduced=following.reduced,
     )
 
 
@@ -105,7 +90,7 @@ class Search:
     def __init__(self, eager: Eager, example: tuple[Tensor, ...]) -> None:
         self._eager = eager
         self._example = example
-        base = _run(eager, example)
+        base = run_on(eager, example)
         assert base is not None, "the example ran a moment ago"
         self.base = base
 
@@ -122,60 +107,12 @@ class Search:
         return _output_dims(self._eager, self._example, self.base, roles, names)
 
 
-def grow(x: Tensor, axis: int, size: int) -> Tensor:
-    """`x` with `size` entries along an axis, its own over and over, so that each value stays one the model knows."""
-    return x.index_select(axis, torch.arange(size) % x.shape[axis])
-
-
-def _run(eager: Eager, inputs: Sequence[Tensor]) -> _Run | None:
-    calls: list[_Call] = []
-
-    def watch(name: str, module: Layer, x: Tensor, hx: States | None) -> tuple[Tensor, States]:
-        time, batch = (0, None) if x.dim() == 2 else (1, 0) if module.batch_first else (0, 1)
-        sizes = {TIME: x.shape[time], **({} if batch is None else {BATCH: x.shape[batch]})}
-        calls.append(_Call(name, module, sizes))
-        return plain(name, module, x, hx)
-
-    outputs = eager.try_run(inputs, watch)
-    return None if outputs is None else _Run(tuple(calls), outputs)
-
-
-def _search(eager: Eager, example: tuple[Tensor, ...], base: _Run, role: str) -> Axes | None:
+def _search(eager: Eager, example: tuple[Tensor, ...], base: Run, role: str) -> Axes | None:
     """For each input its axis that is `role`: growing them together grows that of each recurrent call, no other."""
-    for axes, run in _grown(eager, example):
+    for axes, run in grown_runs(eager, example):
         if not _strayed(base, run, role):
             return axes
     return None
-
-
-def candidates(example: Sequence[Tensor], free: Sequence[Collection[int]] | None = None) -> Iterator[Axes]:
-    """Axes of one size, at most one of each input, that may have one role: of `free`, or of all.
-
-    As few as can be first: what does not have to grow with the others is not of their role. But a size of one is taken
-    for any other by code that broadcasts, and there as many as can be come first.
-    """
-    choices = [(None, *axes) for axes in free or [range(x.dim()) for x in example]]
-    found = []
-    for axes in itertools.product(*choices):
-        sizes = {x.shape[axis] for x, axis in zip(example, axes, strict=True) if axis is not None}
-        if len(sizes) == 1:
-            count = sum(axis is not None for axis in axes)
-            found.append((count if sizes != {1} else len(axes) - count, axes))
-    return (axes for _, axes in sorted(found, key=lambda entry: entry[0]))
-
-
-def _grown(
-    eager: Eager, example: tuple[Tensor, ...], free: Sequence[Collection[int]] | None = None
-) -> Iterator[tuple[Axes, _Run]]:
-    """Runs with candidate axes grown by one together."""
-    for axes in candidates(example, free):
-        run = _run(eager, _grow_all(example, axes))
-        if run is not None:
-            yield axes, run
-
-
-def _grow_all(example: tuple[Tensor, ...], axes: Axes) -> list[Tensor]:
-    return [x if axis is None else grow(x, axis, x.shape[axis] + 1) for x, axis in zip(example, axes, strict=True)]
 
 
 def _check_contexts(names: Sequence[str], time_axes: Axes, batch_axes: Axes | None) -> None:
@@ -190,7 +127,7 @@ def _check_contexts(names: Sequence[str], time_axes: Axes, batch_axes: Axes | No
 
 
 def _find_sources(
-    eager: Eager, example: tuple[Tensor, ...], base: _Run, roles: Sequence[tuple[str, Axes]]
+    eager: Eager, example: tuple[Tensor, ...], base: Run, roles: Sequence[tuple[str, Axes]]
 ) -> list[tuple[str, Axes]]:
     """The axes of contexts in which sessions may differ: growing them leaves every recurrent call as it is."""
     taken = [{axes[i] for _, axes in roles} for i in range(len(example))]
@@ -200,14 +137,14 @@ def _find_sources(
         for x, used, context in zip(example, taken, is_context, strict=True)
     ]
     found: list[tuple[str, Axes]] = []
-    while axes := next((axes for axes, run in _grown(eager, example, free) if run.calls == base.calls), None):
+    while axes := next((axes for axes, run in grown_runs(eager, example, free) if run.calls == base.calls), None):
         found.append((SOURCE if not found else f"{SOURCE}_{len(found) + 1}", axes))
         for unnamed, axis in zip(free, axes, strict=True):
             unnamed.discard(-1 if axis is None else axis)
     return found
 
 
-def _strayed(base: _Run, run: _Run, role: str) -> list[str]:
+def _strayed(base: Run, run: Run, role: str) -> list[str]:
     """The recurrent calls that do not have exactly one more along `role`, and all else as before."""
     if [call.name for call in base.calls] != [call.name for call in run.calls]:
         return [call.name for call in base.calls]
@@ -218,9 +155,9 @@ def _strayed(base: _Run, run: _Run, role: str) -> list[str]:
     ]
 
 
-def _lost(eager: Eager, example: tuple[Tensor, ...], base: _Run, names: Sequence[str]) -> Exception:
+def _lost(eager: Eager, example: tuple[Tensor, ...], base: Run, names: Sequence[str]) -> Exception:
     """Why no axis is time: the recurrent call that does not follow the best candidate."""
-    for axes, run in _grown(eager, example):
+    for axes, run in grown_runs(eager, example):
         pairs = zip(names, axes, strict=True)
         where = ", ".join(f"axis {axis} of {name!r}" for name, axis in pairs if axis is not None)
         if len(run.calls) != len(base.calls):
@@ -248,21 +185,23 @@ def _lost(eager: Eager, example: tuple[Tensor, ...], base: _Run, names: Sequence
 
 
 def _output_dims(
-    eager: Eager, example: tuple[Tensor, ...], base: _Run, roles: Sequence[tuple[str, Axes]], names: Sequence[str]
+    eager: Eager,
+    example: tuple[Tensor, ...],
+    base: Run,
+    roles: Sequence[tuple[str, Axes]],
+    names: Sequence[str],
+    following: Following | None = None,
 ) -> dict[str, Dims]:
-    named: list[dict[int, str]] = [{} for _ in base.outputs]
+    """The outputs' axes: those that follow time, as found, and those that follow the other roles."""
+    named: list[dict[int, str]] = [{} for _ in base.outputs] if following is None else list(map(dict, following.axes))
     for role, axes in roles:
-        grown = _run(eager, _grow_all(example, axes))
-        if grown is None or (role in (BATCH, TIME) and _strayed(base, grown, role)):
-            where = "dims do" if grown is not None else f"{eager.name} cannot run with one more along {role}; dims may"
-            raise ExampleError(f"{where} not name the axis that is {role} of every recurrent layer; correct them")
+        grown = run_on(eager, grow_all(example, axes))
+        if grown is None or (role == BATCH and _strayed(base, grown, role)):
+            raise misnamed(eager, role, fails=grown is None)
         for name, was, now, found in zip(names, base.outputs, grown.outputs, named, strict=True):
             axes_grown = [axis for axis in range(was.dim()) if now.shape[axis] != was.shape[axis]]
             if len(axes_grown) > 1 or (role == BATCH and not axes_grown):
-                raise ExampleError(
-                    f"output {name!r} {list(was.shape)} has {len(axes_grown)} axes that follow {role}, which has to be "
-                    "one; return a value for each frame, or one for each sequence"
-                )
+                raise several(name, was, role, len(axes_grown))
             found.update(dict.fromkeys(axes_grown, role))
     return {name: _dims(y, found) for name, y, found in zip(names, base.outputs, named, strict=True)}
 

@@ -50,6 +50,8 @@ class Calling:
     dropped: frozenset[int] = frozenset()
     # What other calls start from, [layers × directions, size] each, where that is not zero.
     starts: Mapping[str, States] = field(default_factory=dict)
+    # Those whose start is computed from the input, and so is none of the session's.
+    computed: frozenset[str] = frozenset()
 
     @property
     def states(self) -> list[Passed]:
@@ -168,12 +170,11 @@ def find_calling(
 ) -> Calling:
     """What the arguments are, from runs on the two `draws` of them.
 
-    Raises `ExampleError` for an argument that is none of input, state and lengths; `ModelError`, naming the layer, for
-    a state that depends on the input.
+    Raises `ExampleError` for an argument that is none of input, state and lengths.
     """
     known = {id(leaf): leaf for leaf in pytree.tree_leaves(drawn) if isinstance(leaf, Tensor)}
     roles: dict[int, str] = {}
-    passed, starts = set(), {}
+    passed, starts, computed = set(), {}, set()
     for seen, again in zip(runs[0].calls, runs[1].calls, strict=True):
         if seen.hx is None:
             continue
@@ -182,13 +183,16 @@ def find_calling(
             passed.add(seen.call)
             roles |= {key: f"{seen.call}.{letter}_0" for key, letter in zip(found, "hc", strict=False) if key}
         elif any(bool(state.any()) for state in (*seen.hx, *(again.hx or ()))):
-            starts[seen.call] = _constant(seen, again)
+            if (constant := _constant(seen, again)) is None:
+                computed.add(seen.call)
+            else:
+                starts[seen.call] = constant
     for key, leaf in known.items():
         if not leaf.is_floating_point() and leaf.dim() == 1 and any(_equal(leaf, g.lengths) for g in runs[0].packed):
             roles[key] = LENGTHS
     placed = _places(arguments, names, drawn, roles)
     if not roles:
-        return Calling(starts=starts)
+        return Calling(starts=starts, computed=frozenset(computed))
     inputs = [argument for argument, place in zip(arguments, placed, strict=True) if place is None]
     zeros: dict[str, Any] = {
         roles[key]: _passed(roles[key], torch.zeros_like(leaf)) for key, leaf in known.items() if key in roles
@@ -196,7 +200,7 @@ def find_calling(
     if LENGTHS in zeros:
         zeros[LENGTHS] = _find_lengths(inputs[0], runs[0].packed[0], zeros[LENGTHS].zeros.dtype)
     described = tuple(name if place is None else _text(place) for name, place in zip(names, placed, strict=True))
-    calling = Calling(_fill(placed, zeros), described, frozenset(passed), starts=starts)
+    calling = Calling(_fill(placed, zeros), described, frozenset(passed), starts=starts, computed=frozenset(computed))
     return replace(calling, dropped=find_dropped(calling, runs[0]))
 
 
@@ -237,18 +241,14 @@ def _passed(name: str, zeros: Tensor) -> Passed:
     return Passed(call, 1 if letter == "c_0" else 0, zeros)
 
 
-def _constant(seen: Seen, again: Seen) -> States:
+def _constant(seen: Seen, again: Seen) -> States | None:
+    """What a call starts from where that is the same for every row and input; else None."""
     rows = tuple(state.select(1, 0) if state.dim() == 3 else state for state in seen.hx or ())
     same = again.hx is not None and all(
         _equal(state, other) and (state.dim() == 2 or bool((state == state[:, :1]).all()))
         for state, other in zip(seen.hx or (), again.hx, strict=True)
     )
-    if not same:
-        raise ModelError(
-            f"{seen.call} starts from a state that forward makes of its input; take it as an argument of forward, so "
-            "that a session can be given it"
-        )
-    return tuple(row.clone() for row in rows)
+    return tuple(row.clone() for row in rows) if same else None
 
 
 def _places(

@@ -1,6 +1,7 @@
 """Which module mixes frames: the one that is given the same over the whole and in pieces, and answers otherwise."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -114,3 +115,42 @@ def _joins(whole: Tensor, parts: Sequence[Tensor], pieces: Sequence[Piece]) -> b
             joined = [part.narrow(axis, 0, piece.block) for part, piece in zip(parts, pieces, strict=True)]
             return same(whole.narrow(axis, 0, frames), torch.cat(joined, axis))
     return False
+
+
+@contextmanager
+def track(module: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:
+    """Within, the modules whose calls are in progress, the innermost last."""
+    stack: list[tuple[str, nn.Module]] = [("", module)]
+    handles = []
+    for path, part in module.named_modules():
+
+        def enter(_module: nn.Module, _args: object, path: str = path, part: nn.Module = part) -> None:
+            stack.append((path, part))
+
+        def leave(_module: nn.Module, _args: object, _result: object) -> None:
+            stack.pop()
+
+        handles += [part.register_forward_pre_hook(enter), part.register_forward_hook(leave)]
+    try:
+        yield stack
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def name_reducers(short: Sequence[Record], long: Sequence[Record]) -> list[str]:
+    """The innermost modules that answer another number of frames than they are given, from runs of two lengths.
+
+    Empty where there is none: the model's own code does.
+    """
+    found = []
+    for i, (one, two) in enumerate(zip(short, long, strict=True)):
+        given, returned = (_growing(getattr(one, what), getattr(two, what)) for what in ("given", "returned"))
+        if one.first == i and given and returned and not given & returned:
+            found.append(one.name)
+    return list(dict.fromkeys(found))
+
+
+def _growing(one: Tensor, two: Tensor) -> set[tuple[int, int]]:
+    """The sizes of an axis in two runs, where they differ."""
+    return {(a, b) for a, b in zip(one.shape, two.shape, strict=False) if a != b}

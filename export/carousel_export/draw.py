@@ -7,7 +7,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from carousel_export.axes import grow
+from carousel_export.runs import grow
 from carousel_export.errors import ExampleError
 from carousel_export.reference import Stream
 from carousel_export.signature import BATCH, TIME, Signature
@@ -35,6 +35,13 @@ class Draw:
             self._like([sample.inputs[i] for sample in self.samples], frames) for i in range(len(self.signature.inputs))
         )
         return Stream(inputs, self.states() if initial else None, self.cuts(frames), self.contexts())
+
+    def arguments(self, stream: Stream) -> list[Tensor]:
+        """What the model takes for a stream, alone or in a batch of one."""
+        signature = self.signature
+        given = {port.name: port.give(x) for port, x in zip(signature.inputs, stream.inputs, strict=True)}
+        given |= {port.name: port.give(x) for port, x in zip(signature.contexts, stream.contexts, strict=True)}
+        return signature.arrange(given)
 
     def contexts(self) -> tuple[Tensor, ...]:
         """Contexts of a size that many others have too. Whole numbers are those of one row, which belong together."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from carousel_export.crf import decoding_in_graph
-from carousel_export.culprits import Recorder, name_culprit, same
+from carousel_export.culprits import Recorder, name_culprit, name_reducers, same
 from carousel_export.draw import Draw
 from carousel_export.eager import Eager, run_layer
 from carousel_export.errors import ExampleError, PolicyError
@@ -51,13 +51,17 @@ class Findings:
         notes += [self.reason] if self.reason else []
         if self.signature.stepwise:
             notes.append("forward takes one frame a call, which the graph repeats over time")
-        if not self.signature.ragged:
+        if self.signature.reduced:
+            notes.append("rows share a batch only if they have the same length")
+        elif not self.signature.ragged:
             notes.append("rows share a batch only if they have the same length: some code takes the padding for frames")
         return notes
 
 
-def find_policies(reference: Reference, draw: Draw) -> Findings:
+def find_policies(reference: Reference, draw: Draw, needs: str = "") -> Findings:
     """Run the model whole and in pieces, alone and beside longer rows, and say what agrees.
+
+    A model that is not defined for every piece is run whole; `needs` says what keeps it from being so.
 
     Pieces are cut so that the recurrent layers answer as they do over the whole: their state is carried, and a backward
     direction sees all that follows. What then differs is other code that mixes time. Zero padding of time is taken for
@@ -67,8 +71,18 @@ def find_policies(reference: Reference, draw: Draw) -> Findings:
         # Frame by frame, whatever the cut.
         return Findings((Causal, Carry, Full), reference.signature)
     eager = reference.eager
+    if reference.signature.reduced:
+        # Where its rows end among fewer frames, nothing says.
+        whole = replace(reference.signature, ragged=False)
+        return Findings((Full,), whole, _who_reduces(eager, draw))
     padded = with_paddings(eager, reference.signature, draw)
     padded = replace(padded, ragged=_is_ragged(Reference(eager, padded, rolled=True), draw))
+    if eager.calling.computed:
+        names = " and ".join(sorted(eager.calling.computed))
+        verb = "starts" if len(eager.calling.computed) == 1 else "start"
+        return Findings((Full,), padded, f"{names} {verb} from a state that forward makes of its input")
+    if needs:
+        return Findings((Full,), padded, f"{needs} needs at least {padded.least_frames} frames")
     kept = [padding for padding in padded.paddings if padding and padding.left]
     states = tuple(State.of(padding.call, FRAMES, padding.left, padding.size) for padding in kept)
     lifted = replace(padded, states=(*padded.states, *states))
@@ -92,7 +106,7 @@ def find_policies(reference: Reference, draw: Draw) -> Findings:
 
 def with_paddings(eager: Eager, signature: Signature, draw: Draw) -> Signature:
     """The signature with the calls that pad time with zeros, seen in a run on a batch."""
-    rows, frames = eager.free_sizes(2, _FRAMES)
+    rows, frames = eager.free_sizes(2, *signature.lengths([_FRAMES]))
     columns = zip(*(draw.stream(frames).inputs for _ in range(rows)), strict=True)
     ports = (*signature.inputs, *signature.contexts)
     tensors = [torch.stack(column) for column in columns]
@@ -176,6 +190,17 @@ def _agree(wanted: Answer, got: Answer | None) -> bool:
     return got is not None and all(same(a, b) for a, b in zip(wanted.outputs, got.outputs, strict=True))
 
 
+def _who_reduces(eager: Eager, draw: Draw) -> str:
+    """Which modules change the number of frames, in words."""
+    runs = []
+    for frames in draw.signature.lengths([_FRAMES, 2 * _FRAMES]):
+        with Recorder(eager.module) as recorder:
+            eager.run(draw.arguments(draw.stream(frames)))
+        runs.append(recorder.records)
+    names = name_reducers(*runs) or [f"the code of {eager.name}.forward"]
+    return f"{' and '.join(names)} {'changes' if len(names) == 1 else 'change'} the number of frames"
+
+
 def _who_pads(signature: Signature) -> str:
     names = dict.fromkeys(padding.where for padding in signature.paddings if padding and padding.right)
     return f"{' and '.join(names)} {'sees' if len(names) == 1 else 'see'}"
@@ -184,8 +209,8 @@ def _who_pads(signature: Signature) -> str:
 def _is_ragged(reference: Reference, draw: Draw) -> bool:
     """Whether a row beside longer ones is answered as it is alone, once all that takes time knows its length."""
     signature, eager = reference.signature, reference.eager
-    rows, frames = eager.free_sizes(2, _FRAMES)
-    lengths = [max(1, frames - 3 * row) for row in range(rows)]
+    rows, frames = eager.free_sizes(2, *signature.lengths([_FRAMES]))
+    lengths = [max(signature.least_frames, frames - 3 * row) for row in range(rows)]
     # One context: rows whose contexts have different sizes never meet.
     contexts = draw.contexts()
     streams = [replace(draw.stream(length), contexts=contexts) for length in lengths]

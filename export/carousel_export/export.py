@@ -31,6 +31,7 @@ from carousel_export.policies import Lookahead, Policy, from_message, named
 from carousel_export.quiet import undisturbed
 from carousel_export.reference import Reference, Stream
 from carousel_export.report import render
+from carousel_export.shortest import find_shortest
 from carousel_export.signature import Signature
 from carousel_export.step import find_step, takes_one_frame
 from carousel_export.torchscript import TORCHSCRIPT, write_torchscript
@@ -98,8 +99,10 @@ def export(
         named_labels = _labels(signature, labels)
         linked = find_links(signature, links or {}, Path(out))
         draw = Draw(signature, example_samples(signature, example), given_streams(signature, data))
+        signature, needs = find_shortest(eager, signature, draw)
+        draw = replace(draw, signature=signature)
         check_packed(eager, draw, example)
-        findings = find_policies(Reference(eager, signature, rolled=True), draw)
+        findings = find_policies(Reference(eager, signature, rolled=True), draw, needs)
         signature = findings.signature
         reference = Reference(eager, signature)
         draw = replace(draw, signature=signature)

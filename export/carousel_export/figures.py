@@ -56,9 +56,7 @@ def measure(eager: Eager, signature: Signature, example: Sequence[Tensor]) -> Fi
 
 def _layers(eager: Eager, signature: Signature, flops: dict[str, int]) -> Iterable[pb.RecurrentLayer]:
     modules = {call_name(path, module, 0): (path, module) for path, module in eager.recurrent.items()}
-    for call in dict.fromkeys(state.call for state in signature.states):
-        if call.partition(".call")[0] not in modules:
-            continue  # frames that a convolution keeps
+    for call in flops:
         path, module = modules[call.partition(".call")[0]]
         own = dict(module.named_parameters())
         within = f"{path}." if path else ""

@@ -166,9 +166,11 @@ def _trials(signature: Signature, draw: Draw, policies: Sequence[Policy]) -> lis
         elif isinstance(policy, Carry):
             variants += [variant for variant in (Carry(), Carry(4)) if variant != policy]
         for variant in variants:
-            streams = tuple(draw.stream(frames, initial=state) for frames in _LENGTHS)
+            streams = tuple(draw.stream(frames, initial=state) for frames in _lengths(signature))
             trials.append(Trial(ragged, variant, streams))
-        trials.append(Trial(f"one sequence of one frame, {start}", policy, (draw.stream(1, initial=state),)))
+        least = signature.least_frames
+        short = "one frame" if least == 1 else f"{least} frames, the least"
+        trials.append(Trial(f"one sequence of {short}, {start}", policy, (draw.stream(least, initial=state),)))
         long = draw.stream(_LONG, initial=state)
         long = replace(long, cuts=(*draw.cuts(_LONG - _AT_ONCE), _AT_ONCE))
         trials.append(Trial(f"one long sequence, {start}", policy, (long,)))
@@ -176,6 +178,12 @@ def _trials(signature: Signature, draw: Draw, policies: Sequence[Policy]) -> lis
             cut = tuple(replace(s, cuts=draw.cuts(s.frames)) for s in draw.given)
             trials.append(Trial("given data, random cuts, from zero", policy, cut))
     return trials
+
+
+def _lengths(signature: Signature) -> tuple[int, ...]:
+    """From the least on; behind strides, with each remainder."""
+    stride = max((extent.stride for extent in signature.extents), default=1)
+    return tuple(sorted({*signature.lengths(_LENGTHS), *signature.lengths(range(1, stride + 1))}))
 
 
 def _longest(policy: Policy, trials: Sequence[Trial]) -> dict[str, Any]:
@@ -202,6 +210,7 @@ def _compare(
         (state.output, False, [a.states[i] for a in wanted], [a.states[i] for a in got])
         for i, state in enumerate(signature.states)
     ]
+    _check_extents(trial, signature, wanted)
     for name, timed, want, have in [*outputs, *states]:
         for a, b in zip(want, have, strict=True):
             if a.shape != b.shape:
@@ -237,6 +246,19 @@ def _compare(
             )
         )
     return checks
+
+
+def _check_extents(trial: Trial, signature: Signature, wanted: Sequence[Answer]) -> None:
+    """Hold what the manifest says of the sizes of outputs to what eager PyTorch answers."""
+    extents = {extent.name: extent for extent in signature.extents}
+    for i, port in enumerate(signature.outputs):
+        extent = next((extents[dim] for dim in port.dims if dim in extents), None)
+        for stream, answer in zip(trial.streams, wanted, strict=True):
+            if extent and extent.size(stream.frames) != len(answer.outputs[i]):
+                raise ParityError(
+                    f"output {port.name!r} has {len(answer.outputs[i])} entries for {stream.frames} frames, and "
+                    f"{extent.size(stream.frames)} are expected; let each few frames, alike, give one"
+                )
 
 
 def _judge(checks: Sequence[Check]) -> None:

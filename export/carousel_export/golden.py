@@ -25,7 +25,7 @@ def write_golden(path: Path, reference: Source, draw: Draw, policies: Sequence[P
     for policy in _cases(policies, signature.right_context):
         name = _name(policy)
         cases.append({"name": name, "policy": to_json(policy), "sequences": len(_LENGTHS)})
-        for i, frames in enumerate(_LENGTHS):
+        for i, frames in enumerate(signature.lengths(_LENGTHS)):
             stream = draw.stream(frames, initial=isinstance(policy, Causal | Carry))
             answer = reference.run(stream, policy)
             at = f"{name}/{i}"

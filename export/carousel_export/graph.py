@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from carousel_export import viterbi
-from carousel_export.axes import grow
+from carousel_export.runs import grow
 from carousel_export.eager import Eager
 from carousel_export.errors import GraphError, one_line
 from carousel_export.lean import lean
@@ -21,7 +21,7 @@ from carousel_export.nodes import repeat
 from carousel_export.operators import OPSET, TRANSLATIONS
 from carousel_export.place import find_place
 from carousel_export.quiet import quiet
-from carousel_export.signature import AHEAD, BATCH, LENGTHS, TIME, TIME_AHEAD, Dims, Signature
+from carousel_export.signature import AHEAD, BATCH, LENGTHS, TIME, TIME_AHEAD, Dims, Signature, follows_time
 from carousel_export.step import Step, frame_dims, frame_of
 from carousel_export.tied import tie
 
@@ -98,7 +98,7 @@ def trace_inputs(eager: Eager, signature: Signature, example: Sequence[Tensor], 
     taken = {int(dim) for port in (*ports, *signature.outputs) for dim in port.dims if dim.isdecimal()}
     taken |= {size for state in signature.states for size in state.shape}
     names = (BATCH, TIME_AHEAD, TIME, *signature.sources)
-    free = [size for size in eager.free_sizes(len(names) + len(taken), 11) if size not in taken]
+    free = [size for size in eager.free_sizes(len(names) + len(taken), *signature.lengths([11])) if size not in taken]
     sizes = dict(zip(names, free, strict=False))
     tensors = {}
     for name, x in zip(signature.arguments, example, strict=True):
@@ -151,6 +151,7 @@ def _check_dims(path: Path, inputs: dict[str, Dims], signature: Signature) -> No
     """Every dynamic dimension is named, and is dynamic: a graph with the example's sizes in it is refused here."""
     outputs = {port.name: port.dims for port in signature.outputs}
     outputs |= {state.output: state.dims for state in signature.states}
+    following = {dim for port in signature.outputs for dim in port.dims if follows_time(dim)}
     model = onnx.load(path)
     for values, wanted in ((model.graph.input, inputs), (model.graph.output, outputs)):
         if [value.name for value in values] != list(wanted):
@@ -158,11 +159,18 @@ def _check_dims(path: Path, inputs: dict[str, Dims], signature: Signature) -> No
                 f"{path.name} has {[v.name for v in values]} where {list(wanted)} are wanted; report this model"
             )
         for value in values:
-            dims = tuple(dim.dim_param or str(dim.dim_value) for dim in value.type.tensor_type.shape.dim)
-            if dims != wanted[value.name]:
+            dims = value.type.tensor_type.shape.dim
+            for dim, name in zip(dims, wanted[value.name], strict=False):
+                # The exporter calls it by how it is computed; whether that is what it should be, the gate finds.
+                if dim.dim_param and name in following:
+                    dim.dim_param = name
+            found = tuple(dim.dim_param or str(dim.dim_value) for dim in dims)
+            if found != wanted[value.name]:
                 raise GraphError(
-                    f"{path.name}: {value.name} came out as [{', '.join(dims)}] where "
-                    f"[{', '.join(wanted[value.name])}] is wanted; take sizes in forward from its inputs alone, as "
-                    "x.shape[0] and not len(x)"
+                    f"{path.name}: {value.name} came out as [{', '.join(found)}] where "
+                    f"[{', '.join(wanted[value.name])}] is wanted: forward ties a size to the example's; compute with "
+                    "sizes as x.shape gives them, without int() and len(), and with functions that take tensors of any "
+                    "size"
                 )
     onnx.checker.check_model(model)
+    onnx.save(model, path)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from carousel_export.anysize import AnySize
 from carousel_export.calling import Calling
 from carousel_export.crf import decode_in_graph
 from carousel_export.eager import Eager, call_name
@@ -17,7 +18,7 @@ from carousel_export.intercept import Intercept
 from carousel_export.packing import Packed, Packing, repack, unpack
 from carousel_export.padding import Padding, PadTime
 from carousel_export.ragged import RaggedTime
-from carousel_export.recurrent import LAYERS, States, as_hx, directions_of, kind_of, places_of, sides_of, weights_of
+from carousel_export.recurrent import LAYERS, States, as_hx, as_states, directions_of, kind_of, places_of, sides_of, weights_of
 from carousel_export.signature import Signature
 
 # (layer, direction, x [time, batch, size], lengths, states [directions, batch, size], None: zero) → y and the states
@@ -36,6 +37,8 @@ class Frame:
     # Set when there are frames ahead: the block's frames, and the lengths of what follows them.
     split: int | None = None
     lengths_ahead: Tensor | None = None
+    # Whether all rows have one length: then each layer runs over all that it is given, however many frames that are.
+    even: bool = False
     # What the model's other code goes through; the lifted layers know of time themselves.
     modes: list[Intercept] = field(default_factory=list)
     # Whether the frames ahead follow each row's own last frame in `x`, and not the longest's.
@@ -139,9 +142,9 @@ class LiftedLayer(nn.RNNBase):
     def forward(
         self,
         input: Tensor | Packed,  # noqa: A002 - torch's
-        hx: object = None,  # noqa: ARG002
+        hx: Tensor | States | None = None,
     ) -> tuple[Tensor | Packed, Tensor | States]:
-        """As the module; `hx` was seen not to depend on the input, and the session's states take its place."""
+        """As the module; the session's states take the place of `hx`, but where that is computed from the input."""
         frame = self.slot.frame
         assert frame is not None, "a lifted layer runs inside a lifted model"
         call = call_name(self.path, self, frame.counts[self.path])
@@ -149,17 +152,21 @@ class LiftedLayer(nn.RNNBase):
         x = unpack(self, input)
         x = x.transpose(0, 1) if self.batch_first else x
         with frame.suspended():
-            y, ended = self._whole(frame, call, x) if frame.split is None else self._ahead(frame, call, x)
+            if frame.split is None:
+                y, ended = self._whole(frame, x, frame.states.get(call) or as_states(hx))
+            else:
+                y, ended = self._ahead(frame, call, x)
         frame.ended[call] = ended
         return repack(self, call, input, y.transpose(0, 1) if self.batch_first else y), as_hx(ended)
 
-    def _whole(self, frame: Frame, call: str, x: Tensor) -> tuple[Tensor, States]:
+    def _whole(self, frame: Frame, x: Tensor, starts: States) -> tuple[Tensor, States]:
         direction = "bidirectional" if self.bidirectional else sides_of(self)[0]
         directions = directions_of(self)
+        lengths = torch.zeros_like(frame.lengths) + x.shape[0] if frame.even else frame.lengths
         ended = []
         for layer in range(self.num_layers):
             rows = slice(layer * directions, (layer + 1) * directions)
-            x, states = self.run_layer(layer, direction, x, frame.lengths, tuple(s[rows] for s in frame.states[call]))
+            x, states = self.run_layer(layer, direction, x, lengths, tuple(s[rows] for s in starts))
             ended.append(states)
         return x, tuple(torch.cat(states) for states in zip(*ended, strict=True))
 
@@ -224,7 +231,8 @@ class LiftedModel(nn.Module):
         inputs = [next(given) for _ in self.signature.inputs]
         lengths = next(given)
         contexts = [next(given) for _ in self.signature.contexts]
-        return self._run(inputs, contexts, Frame(lengths, self._states(list(given)), self.starts))
+        even = not self.signature.ragged
+        return self._run(inputs, contexts, Frame(lengths, self._states(list(given)), self.starts, even=even))
 
     def lookahead(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         given = iter(tensors)
@@ -244,6 +252,7 @@ class LiftedModel(nn.Module):
 
     def _run(self, inputs: Sequence[Tensor], contexts: Sequence[Tensor], frame: Frame) -> tuple[Tensor, ...]:
         signature = self.signature
+        frame.modes.append(AnySize())
         if signature.ragged and frame.split is None and not signature.stepwise:
             # Under lookahead, code that takes all frames together is not allowed; a step has but one.
             frame.modes.append(RaggedTime(frame.lengths, *inputs[0].shape[:2]))

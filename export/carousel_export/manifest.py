@@ -40,6 +40,8 @@ def describe(
         policies=messages,
         default_policy=to_message(default),
         ragged=ragged,
+        least_frames=signature.least_frames if signature.least_frames > 1 else 0,
+        extents=[extent.message() for extent in signature.extents],
         graphs=[pb.Graph(file=file, policies=kinds, variant=FLOAT32) for file, kinds in graphs],
         torchscript=torchscript,
         tolerance=pb.Tolerance(absolute=TOLERANCE, relative=TOLERANCE),

@@ -33,11 +33,12 @@ def check_packed(eager: Eager, draw: Draw, example: Sequence[Tensor]) -> None:
     if not eager.packed(example):
         return
     draw = replace(draw, generator=torch.Generator().manual_seed(21), turns=count())
-    for stream in (draw.stream(frames) for frames in _LENGTHS):
+    for stream in (draw.stream(frames) for frames in draw.signature.lengths(_LENGTHS)):
         _check_lengths(eager, _together(draw, [stream]), None)
     if _batched(draw):
-        rows = [draw.stream(frames) for frames in _RAGGED]
-        lengths = torch.tensor(_RAGGED) if eager.calling.takes_lengths else None
+        ragged = draw.signature.lengths(_RAGGED)
+        rows = [draw.stream(frames) for frames in ragged]
+        lengths = torch.tensor(ragged) if eager.calling.takes_lengths else None
         whole = rows if lengths is not None else [draw.stream(_FRAMES) for _ in rows]
         _check_lengths(eager, _together(draw, whole), lengths)
     for rows in _unlike(draw, find_vocabularies(eager, draw.signature, example)):
@@ -65,11 +66,11 @@ def _check_lengths(eager: Eager, inputs: Sequence[Tensor], lengths: Tensor | Non
 def _check_answers(eager: Eager, draw: Draw) -> None:
     """Compare with PyTorch's own packing: sequences one at a time, and a ragged batch where lengths are an argument."""
     reference = Reference(eager, draw.signature, rolled=True)
-    outputs = draw.signature.outputs
-    batches: list[tuple[list[Stream], Tensor | None]] = [([draw.stream(frames)], None) for frames in _LENGTHS]
+    outputs, counts = draw.signature.outputs, draw.signature.lengths(_LENGTHS)
+    batches: list[tuple[list[Stream], Tensor | None]] = [([draw.stream(frames)], None) for frames in counts]
     if eager.calling.takes_lengths and _batched(draw):
         # Some models have them sorted.
-        rows = [draw.stream(frames) for frames in sorted(_LENGTHS, reverse=True)]
+        rows = [draw.stream(frames) for frames in sorted(counts, reverse=True)]
         rows = [replace(row, contexts=rows[0].contexts) for row in rows]
         batches.append((rows, torch.tensor([row.frames for row in rows])))
     for rows, lengths in batches:

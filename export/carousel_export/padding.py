@@ -7,13 +7,13 @@ is padded on both sides as soon as enough frames ahead are there.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from carousel_export.culprits import track
 from carousel_export.intercept import Intercept
 
 # By function, over how many axes it goes, the last ones.
@@ -73,7 +73,7 @@ class PadTime(Intercept):
 def find_paddings(module: nn.Module, run: Callable[[], object], batch: int, frames: int) -> Plan:
     """The calls of a run on a batch, with sizes of batch and time that no other axis has."""
     finder = _Finder(batch, frames)
-    with _tracked(module) as finder.modules, finder:
+    with track(module) as finder.modules, finder:
         run()
     return tuple(finder.found)
 
@@ -180,24 +180,3 @@ def _call(func: Callable[..., Any], sides: Sequence[tuple[int, int]], x: Tensor,
     if any(side != (0, 0) for side in sides):
         x = nn.functional.pad(x, [zeros for side in reversed(sides) for zeros in side])
     return x if func.__name__ == "pad" else func(x, **{**_arguments(*args, **kwargs), "padding": 0})
-
-
-@contextmanager
-def _tracked(module: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:
-    """Within, the modules whose calls are in progress, the innermost last."""
-    stack: list[tuple[str, nn.Module]] = [("", module)]
-    handles = []
-    for path, part in module.named_modules():
-
-        def enter(_module: nn.Module, _args: object, path: str = path, part: nn.Module = part) -> None:
-            stack.append((path, part))
-
-        def leave(_module: nn.Module, _args: object, _result: object) -> None:
-            stack.pop()
-
-        handles += [part.register_forward_pre_hook(enter), part.register_forward_hook(leave)]
-    try:
-        yield stack
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -119,6 +119,8 @@ class Reference:
                 unbatched = x.dim() == 2
                 if framewise:
                     return self._framewise(module, x)
+                if call not in memory:
+                    return run_layer(module, x, hx)
                 if lookahead:
                     y, memory[call] = self._lookahead(module, x, memory[call], piece.block, start[call])
                     return y, tuple(s.squeeze(1) if unbatched else s for s in memory[call])

@@ -1,12 +1,13 @@
 """What a model takes, returns and remembers, with every axis named."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from carousel_export.errors import ExportError
+from carousel_export.extent import TIME_OUT, Extent
 from carousel_export.padding import Plan
 from carousel_export.policies import Full, Lookahead, Policy
 from carousel_protos.v1 import manifest_pb2 as pb
@@ -32,6 +33,11 @@ _FROM_MESSAGE = {message: dtype for dtype, message in _DTYPES.items()}
 SUPPORTED_DTYPES = frozenset(_DTYPES)
 
 
+def follows_time(dim: str) -> bool:
+    """Whether a dimension is time, or one of an output that grows with it."""
+    return dim == TIME or dim.startswith(TIME_OUT)
+
+
 @dataclass(frozen=True)
 class Port:
     """One input or output of the model.
@@ -47,8 +53,8 @@ class Port:
 
     @property
     def dims(self) -> Dims:
-        """The graph's axes: batch first, then time, then the rest as they come."""
-        lead = [dim for dim in (BATCH, TIME) if dim in self.fed_dims]
+        """The graph's axes: batch first, then time or what follows it, then the rest as they come."""
+        lead = [self.fed_dims[axis] for axis in self._lead]
         return (*lead, *(dim for dim in self.fed_dims if dim not in lead))
 
     @property
@@ -64,7 +70,7 @@ class Port:
 
     def fetch(self, tensor: Tensor) -> Tensor:
         """From the axes that the fed model returns to the graph's."""
-        lead = [self.fed_dims.index(dim) for dim in (BATCH, TIME) if dim in self.fed_dims]
+        lead = self._lead
         return tensor.permute([*lead, *(axis for axis in range(len(self.fed_dims)) if axis not in lead)])
 
     def give(self, sequence: Tensor) -> Tensor:
@@ -77,9 +83,8 @@ class Port:
         """`give` backwards: `[time, …]`, or `[…]` for an output with one value a sequence."""
         if BATCH in self.eager_dims:
             tensor = tensor.squeeze(self.eager_dims.index(BATCH))
-        if self.timed:
-            tensor = tensor.movedim([dim for dim in self.eager_dims if dim != BATCH].index(TIME), 0)
-        return tensor
+        rest = [dim for dim in self.eager_dims if dim != BATCH]
+        return next((tensor.movedim(axis, 0) for axis, dim in enumerate(rest) if follows_time(dim)), tensor)
 
     def message(self) -> pb.TensorSpec:
         """The port as the manifest has it."""
@@ -92,6 +97,12 @@ class Port:
         """The port that a manifest has; it can be compared with eager PyTorch, and not be fed a batch."""
         eager = tuple(message.eager_dims)
         return cls(message.name, _FROM_MESSAGE[message.dtype], eager, eager if BATCH in eager else tuple(message.dims))
+
+    @property
+    def _lead(self) -> list[int]:
+        """Where batch and time, or what follows it, are among the fed axes."""
+        batch = [axis for axis, dim in enumerate(self.fed_dims) if dim == BATCH]
+        return batch + [axis for axis, dim in enumerate(self.fed_dims) if follows_time(dim)]
 
     @property
     def _fixed(self) -> int:
@@ -170,6 +181,12 @@ class Signature:
     paddings: Plan = ()
     # The frames after a block that convolutions need for it.
     right_context: int = 0
+    # The frames of the shortest sequence that the model can be run on.
+    least_frames: int = 1
+    # The dimensions of outputs that follow time with another size.
+    extents: tuple[Extent, ...] = ()
+    # Whether a recurrent layer or an output has another number of frames than the inputs.
+    reduced: bool = False
 
     def __post_init__(self) -> None:
         names = [*(port.name for port in self.inputs), *(port.name + AHEAD for port in self.inputs)]
@@ -194,6 +211,8 @@ class Signature:
             ragged=manifest.ragged,
             right_context=manifest.right_context,
             stepwise=manifest.stepwise,
+            least_frames=max(1, manifest.least_frames),
+            extents=tuple(Extent.from_message(extent) for extent in manifest.extents),
         )
 
     def fits(self, policy: Policy) -> bool:
@@ -205,6 +224,10 @@ class Signature:
     def whole_sequence(self) -> tuple[Port, ...]:
         """The outputs that have one value a sequence."""
         return tuple(port for port in self.outputs if not port.timed)
+
+    def lengths(self, lengths: Sequence[int]) -> tuple[int, ...]:
+        """Lengths counted from 1, counted from the shortest that the model can be run on."""
+        return tuple(length + self.least_frames - 1 for length in lengths)
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -103,6 +103,12 @@ class StateDamagedError(InvalidError):
     reason = "STATE_DAMAGED"
 
 
+class TooShortError(InvalidError):
+    """A sequence with fewer frames than the model can be run on."""
+
+    reason = "TOO_SHORT"
+
+
 class PolicyError(InvalidError):
     reason = "POLICY_NOT_ALLOWED"
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from carousel_export.axes import candidates, grow
+from carousel_export.runs import candidates, grow
 from carousel_export.eager import Eager, call_name
 from carousel_export.errors import ModelError, one_line
 from carousel_export.given import Axes

@@ -167,6 +167,8 @@ class Manifest(_message.Message):
     RIGHT_CONTEXT_FIELD_NUMBER: _builtins.int
     NOTES_FIELD_NUMBER: _builtins.int
     STEPWISE_FIELD_NUMBER: _builtins.int
+    LEAST_FRAMES_FIELD_NUMBER: _builtins.int
+    EXTENTS_FIELD_NUMBER: _builtins.int
     format: _builtins.int
     """The bundle format; a reader refuses one that it does not know."""
     name: _builtins.str
@@ -190,6 +192,8 @@ class Manifest(_message.Message):
     """The frames after a block that the model's convolutions need for it: a lookahead policy has at least these ahead."""
     stepwise: _builtins.bool
     """Whether the eager model's `forward` takes one frame a call, which the graphs repeat over time."""
+    least_frames: _builtins.int
+    """The frames that a sequence has at least; with fewer the model is undefined. 0 and 1: any number will do."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___File]: ...
     @_builtins.property
@@ -242,6 +246,10 @@ class Manifest(_message.Message):
     def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What was found out about the model, a sentence each: what mixes time, and what that rules out."""
 
+    @_builtins.property
+    def extents(self) -> _containers.RepeatedCompositeFieldContainer[Global___Extent]:
+        """How many entries the dimensions of outputs have that follow time with another size."""
+
     def __init__(
         self,
         *,
@@ -272,14 +280,45 @@ class Manifest(_message.Message):
         right_context: _builtins.int = ...,
         notes: _abc.Iterable[_builtins.str] | None = ...,
         stepwise: _builtins.bool = ...,
+        least_frames: _builtins.int = ...,
+        extents: _abc.Iterable[Global___Extent] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["default_policy", b"default_policy", "tolerance", b"tolerance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "contexts", b"contexts", "default_policy", b"default_policy", "files", b"files", "flops_per_frame", b"flops_per_frame", "format", b"format", "graphs", b"graphs", "inputs", b"inputs", "labels", b"labels", "layers", b"layers", "lengths", b"lengths", "links", b"links", "made_with", b"made_with", "metadata", b"metadata", "name", b"name", "notes", b"notes", "outputs", b"outputs", "parameters", b"parameters", "policies", b"policies", "ragged", b"ragged", "right_context", b"right_context", "states", b"states", "stepwise", b"stepwise", "tolerance", b"tolerance", "torchscript", b"torchscript", "trainable_parameters", b"trainable_parameters", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "contexts", b"contexts", "default_policy", b"default_policy", "extents", b"extents", "files", b"files", "flops_per_frame", b"flops_per_frame", "format", b"format", "graphs", b"graphs", "inputs", b"inputs", "labels", b"labels", "layers", b"layers", "least_frames", b"least_frames", "lengths", b"lengths", "links", b"links", "made_with", b"made_with", "metadata", b"metadata", "name", b"name", "notes", b"notes", "outputs", b"outputs", "parameters", b"parameters", "policies", b"policies", "ragged", b"ragged", "right_context", b"right_context", "states", b"states", "stepwise", b"stepwise", "tolerance", b"tolerance", "torchscript", b"torchscript", "trainable_parameters", b"trainable_parameters", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Manifest: _TypeAlias = Manifest  # noqa: Y015
+
+@_typing.final
+class Extent(_message.Message):
+    """A dimension with (time + offset) / stride entries, rounded down, where a sequence has `time` frames: convolutions and
+    pooling with a stride answer fewer. An output that has it has one value a sequence, whose size follows its length.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    STRIDE_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    stride: _builtins.int
+    offset: _builtins.int
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        stride: _builtins.int = ...,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "offset", b"offset", "stride", b"stride"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Extent: _TypeAlias = Extent  # noqa: Y015
 
 @_typing.final
 class Link(_message.Message):
@@ -348,8 +387,8 @@ class TensorSpec(_message.Message):
     """An input of token ids: they lie from 0 to below this, the size of the embedding that looks them up. 0: not known."""
     @_builtins.property
     def dims(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The graph's dimensions, batch first: "batch", "time", a number, or the name of a context's dimension. An output
-        without "time" has one value a sequence.
+        """The graph's dimensions, batch first: "batch", "time", a number, or the name of a context's dimension or of an extent,
+        which follows the batch. An output without "time" has one value a sequence.
         """
 
     @_builtins.property

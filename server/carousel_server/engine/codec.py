@@ -49,7 +49,7 @@ def fill_result(message: ResultMessage, result: Result, outputs: Iterable[Port])
     message.frames = result.frames
     for port, data in zip(outputs, result.data, strict=True):
         if data is not None:
-            shape = (result.frames, *port.item) if port.per_frame else port.item
+            shape = port.shape(result.frames)
             message.tensors.add(name=port.name, dtype=wire_dtype(port.dtype), shape=shape, data=data)
 
 

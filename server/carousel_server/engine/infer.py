@@ -12,7 +12,7 @@ from carousel_server.engine.context import Context, read_contexts
 from carousel_server.engine.frames import Piece
 from carousel_server.engine.spec import Array, ModelSpec, Port
 from carousel_server.engine.steps import Steps
-from carousel_server.errors import CarouselError, QueueFullError, TensorError, TooLargeError
+from carousel_server.errors import CarouselError, QueueFullError, TensorError, TooLargeError, TooShortError
 
 
 class InferRow:
@@ -75,8 +75,8 @@ class Infer:
     async def run(self, tensors: dict[str, Array], lengths: NDArray[np.int32] | None, graph: str) -> dict[str, Array]:
         """Outputs `[batch, time, …]` for inputs `[batch, time, …]`, each row run from zero over its length.
 
-        `tensors` has the contexts, `[batch, …]`, beside the inputs. Raises `TensorError`, `TooLargeError`,
-        `QueueFullError`, `InputRejectedError`, `StepError`.
+        `tensors` has the contexts, `[batch, …]`, beside the inputs. Raises `TensorError`, `TooShortError`,
+        `TooLargeError`, `QueueFullError`, `InputRejectedError`, `StepError`.
         """
         where = "the request"
         self._spec.check_names(tensors, where, (*self._spec.inputs, *self._spec.contexts))
@@ -92,6 +92,12 @@ class Infer:
         lengths = np.full(batch, time, np.int32) if lengths is None else lengths
         if batch < 1 or len(lengths) != batch or lengths.min() < 1 or lengths.max() > time:
             raise TensorError(f"wanted one length from 1 to {time} for each of the {batch} rows, and at least one row")
+        if lengths.min() < self._spec.least_frames:
+            raise TooShortError(
+                f"row {int(lengths.argmin())} has {lengths.min()} frames, and the model needs at least "
+                f"{self._spec.least_frames}; send longer sequences",
+                least_frames=self._spec.least_frames,
+            )
         if time > self._limits.max_chunk_frames:
             raise TooLargeError(
                 f"{time} frames are more than the {self._limits.max_chunk_frames} allowed; use a session"
@@ -124,12 +130,12 @@ def stack(
     """The rows' outputs as `[batch, time, …]`, zero after each row's length, or `[batch, …]`."""
     stacked = {}
     for position, port in enumerate(outputs):
-        batch = np.zeros((len(rows), *((time,) if port.per_frame else ()), *port.item), port.dtype)
+        batch = np.zeros((len(rows), *port.shape(time)), port.dtype)
         for number, (length, row) in enumerate(zip(lengths, rows, strict=True)):
-            values = np.frombuffer(row[position], port.dtype)
-            if port.per_frame:
-                batch[number, :length] = values.reshape(length, *port.item)
+            values = np.frombuffer(row[position], port.dtype).reshape(port.shape(int(length)))
+            if port.per_frame or port.extent:
+                batch[number, : len(values)] = values
             else:
-                batch[number] = values.reshape(port.item)
+                batch[number] = values
         stacked[port.name] = batch
     return stacked

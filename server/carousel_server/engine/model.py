@@ -134,6 +134,7 @@ class Model:
             limits=self._limits,
             context=context,
             owner=owner,
+            least_frames=self.spec.least_frames,
         )
 
     def submit(

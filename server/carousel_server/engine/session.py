@@ -22,6 +22,7 @@ from carousel_server.errors import (
     QueueFullError,
     SessionClosedError,
     TooLargeError,
+    TooShortError,
 )
 
 
@@ -42,9 +43,7 @@ class Result:
     def arrays(self, outputs: Sequence[Port]) -> dict[str, Array]:
         """The outputs by name, `[frames, …]` or `[…]`, viewed in place."""
         return {
-            port.name: np.frombuffer(data, port.dtype).reshape(
-                (self.frames, *port.item) if port.per_frame else port.item
-            )
+            port.name: np.frombuffer(data, port.dtype).reshape(port.shape(self.frames))
             for port, data in zip(outputs, self.data, strict=True)
             if data is not None
         }
@@ -126,6 +125,7 @@ class Session:
         context: Context = NO_CONTEXT,
         variant: str = "float32",
         owner: str = "",
+        least_frames: int = 1,
     ) -> None:
         self.id = session_id
         # Who opened it, and may use it; "" on a server without authentication.
@@ -144,6 +144,7 @@ class Session:
         # The state rows before the first block of the oldest pending chunk, kept once that chunk needs a second block.
         self.rollback: list[Array] | None = None
         self._limits = limits
+        self._least_frames = least_frames
         self._closing = False
         self._frames = Frames()
         self._pending: deque[_Pending] = deque()
@@ -198,7 +199,8 @@ class Session:
     ) -> None:
         """Take the next chunk, or answer one again whose answer is kept.
 
-        Raises `IndexGapError`, `SessionClosedError`, `QueueFullError`, `TooLargeError`; then nothing was taken.
+        Raises `IndexGapError`, `SessionClosedError`, `QueueFullError`, `TooLargeError`, `TooShortError`; then nothing was
+        taken.
         """
         self.acknowledge(acknowledged)
         if index != self._next_index:
@@ -217,6 +219,13 @@ class Session:
             raise TooLargeError(
                 f"session {self.id} would hold {held} frames and {self._limits.max_buffered_frames} are allowed; "
                 "send on after an answer, or end the sequence earlier"
+            )
+        if end and 0 < self._received + frames < self._least_frames:
+            raise TooShortError(
+                f"chunk {index} ends session {self.id} after {self._received + frames} frames, and the model needs at "
+                f"least {self._least_frames}; send as many before the end",
+                expected_index=self._next_index,
+                least_frames=self._least_frames,
             )
         self._frames.push(tensors, frames)
         self._received += frames

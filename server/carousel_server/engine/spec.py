@@ -3,12 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from carousel_protos.v1.manifest_pb2 import DataType, Manifest, StateSpec, TensorSpec
+from carousel_protos.v1.manifest_pb2 import DataType, Extent, Manifest, StateSpec, TensorSpec
 from carousel_server.errors import TensorError, TooLargeError
 
 Array = NDArray[Any]
@@ -57,13 +58,24 @@ class Port:
     named: tuple[tuple[int, str], ...] = ()
     # Token ids lie from 0 to below this; 0: not known.
     vocabulary: int = 0
+    # An output's first axis, beside `item`, whose size follows the sequence's length: (length + offset) / stride.
+    extent: Extent | None = None
 
     @classmethod
-    def read(cls, spec: TensorSpec) -> "Port":
-        dims = [dim for dim in spec.dims if dim not in ("batch", "time")]
+    def read(cls, spec: TensorSpec, extents: Mapping[str, Extent] = MappingProxyType({})) -> "Port":
+        extent = next((extents[dim] for dim in spec.dims if dim in extents), None)
+        dims = [dim for dim in spec.dims if dim not in ("batch", "time") and dim not in extents]
         item = tuple(int(dim) if dim.isdecimal() else -1 for dim in dims)
         named = tuple((axis, dim) for axis, dim in enumerate(dims) if not dim.isdecimal())
-        return cls(spec.name, numpy_dtype(spec.dtype), item, "time" in spec.dims, named, spec.vocabulary)
+        return cls(spec.name, numpy_dtype(spec.dtype), item, "time" in spec.dims, named, spec.vocabulary, extent)
+
+    def shape(self, frames: int) -> tuple[int, ...]:
+        """The shape of its value for so many frames."""
+        if self.per_frame:
+            return (frames, *self.item)
+        if self.extent is None:
+            return self.item
+        return ((frames + self.extent.offset) // self.extent.stride, *self.item)
 
     def bind(self, sizes: Mapping[str, int]) -> "Port":
         """The port with these sizes of its named axes."""
@@ -128,16 +140,20 @@ class ModelSpec:
     lengths: str
     ragged: bool
     contexts: tuple[Port, ...] = ()
+    # The shortest sequence that the model can be run on.
+    least_frames: int = 1
 
     @classmethod
     def read(cls, manifest: Manifest) -> "ModelSpec":
+        extents = {extent.name: extent for extent in manifest.extents}
         return cls(
             tuple(Port.read(spec) for spec in manifest.inputs),
-            tuple(Port.read(spec) for spec in manifest.outputs),
+            tuple(Port.read(spec, extents) for spec in manifest.outputs),
             tuple(State.read(spec) for spec in manifest.states),
             manifest.lengths,
             manifest.ragged,
             tuple(Port.read(spec) for spec in manifest.contexts),
+            max(1, manifest.least_frames),
         )
 
     def check_chunk(self, tensors: dict[str, Array], *, end: bool, where: str, max_frames: int) -> int:
