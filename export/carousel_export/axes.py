@@ -1,8 +1,7 @@
 """Which axes are batch and time, found by experiment: grow one, and see what the recurrent layers and outputs do."""
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor

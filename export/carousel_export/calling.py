@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from carousel_export.errors import ExampleError, ModelError
+from carousel_export.errors import ExampleError
 from carousel_export.packing import Given
 from carousel_export.recurrent import States
 from carousel_export.signature import BATCH, LENGTHS, TIME, Port, State

@@ -7,9 +7,9 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from carousel_export.runs import grow
 from carousel_export.errors import ExampleError
 from carousel_export.reference import Stream
+from carousel_export.runs import grow
 from carousel_export.signature import BATCH, TIME, Signature
 
 # Sizes of contexts: few, so that rows of one size meet in a batch.

@@ -77,12 +77,21 @@ def find_policies(reference: Reference, draw: Draw, needs: str = "") -> Findings
         return Findings((Full,), whole, _who_reduces(eager, draw))
     padded = with_paddings(eager, reference.signature, draw)
     padded = replace(padded, ragged=_is_ragged(Reference(eager, padded, rolled=True), draw))
-    if eager.calling.computed:
-        names = " and ".join(sorted(eager.calling.computed))
-        verb = "starts" if len(eager.calling.computed) == 1 else "start"
-        return Findings((Full,), padded, f"{names} {verb} from a state that forward makes of its input")
-    if needs:
-        return Findings((Full,), padded, f"{needs} needs at least {padded.least_frames} frames")
+    if reason := _needs_all(eager, padded, needs):
+        return Findings((Full,), padded, reason)
+    return _find_streaming(eager, padded, draw)
+
+
+def _needs_all(eager: Eager, signature: Signature, needs: str) -> str:
+    """What the model does that only a whole sequence can be given, in words; empty where there is nothing."""
+    if computed := sorted(eager.calling.computed):
+        verb = "starts" if len(computed) == 1 else "start"
+        return f"{' and '.join(computed)} {verb} from a state that forward makes of its input"
+    return f"{needs} needs at least {signature.least_frames} frames" if needs else ""
+
+
+def _find_streaming(eager: Eager, padded: Signature, draw: Draw) -> Findings:
+    """What a model allows that is defined for every piece."""
     kept = [padding for padding in padded.paddings if padding and padding.left]
     states = tuple(State.of(padding.call, FRAMES, padding.left, padding.size) for padding in kept)
     lifted = replace(padded, states=(*padded.states, *states))

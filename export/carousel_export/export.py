@@ -99,10 +99,9 @@ def export(
         named_labels = _labels(signature, labels)
         linked = find_links(signature, links or {}, Path(out))
         draw = Draw(signature, example_samples(signature, example), given_streams(signature, data))
-        signature, needs = find_shortest(eager, signature, draw)
-        draw = replace(draw, signature=signature)
+        draw, needs = find_shortest(eager, draw)
         check_packed(eager, draw, example)
-        findings = find_policies(Reference(eager, signature, rolled=True), draw, needs)
+        findings = find_policies(Reference(eager, draw.signature, rolled=True), draw, needs)
         signature = findings.signature
         reference = Reference(eager, signature)
         draw = replace(draw, signature=signature)

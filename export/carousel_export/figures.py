@@ -56,7 +56,7 @@ def measure(eager: Eager, signature: Signature, example: Sequence[Tensor]) -> Fi
 
 def _layers(eager: Eager, signature: Signature, flops: dict[str, int]) -> Iterable[pb.RecurrentLayer]:
     modules = {call_name(path, module, 0): (path, module) for path, module in eager.recurrent.items()}
-    for call in flops:
+    for call, operations in flops.items():
         path, module = modules[call.partition(".call")[0]]
         own = dict(module.named_parameters())
         within = f"{path}." if path else ""
@@ -75,7 +75,7 @@ def _layers(eager: Eager, signature: Signature, flops: dict[str, int]) -> Iterab
                 for layer in range(module.num_layers)
             ],
             state_bytes=sum(s.zeros().nbytes for s in signature.states if s.call == call),
-            flops_per_frame=flops[call],
+            flops_per_frame=operations,
         )
 
 

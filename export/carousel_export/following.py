@@ -37,9 +37,7 @@ def find_reduced(eager: Eager, example: tuple[Tensor, ...], base: Run) -> Axes |
     return None
 
 
-def find_following(
-    eager: Eager, example: tuple[Tensor, ...], base: Run, axes: Axes, names: Sequence[str]
-) -> Following:
+def find_following(eager: Eager, example: tuple[Tensor, ...], base: Run, axes: Axes, names: Sequence[str]) -> Following:
     """How the outputs follow time, which is `axes` of the inputs.
 
     Raises `ExampleError` for axes that the recurrent calls do not follow, for an output with several such axes or a
@@ -58,8 +56,10 @@ def find_following(
         if not all((by == _FAR) <= grown <= by for grown in _growth(base, found)):
             raise misnamed(eager, TIME, fails=False)
         runs[frames + by] = found
-    sizes = [[{n: run.outputs[i].shape[axis] for n, run in runs.items()} for axis in range(y.dim())]
-             for i, y in enumerate(base.outputs)]
+    sizes = [
+        [{n: run.outputs[i].shape[axis] for n, run in runs.items()} for axis in range(y.dim())]
+        for i, y in enumerate(base.outputs)
+    ]
     extents: list[Extent] = []
     named: list[dict[int, str]] = []
     for name, y, shape in zip(names, base.outputs, sizes, strict=True):

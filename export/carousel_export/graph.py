@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from carousel_export import viterbi
-from carousel_export.runs import grow
 from carousel_export.eager import Eager
 from carousel_export.errors import GraphError, one_line
 from carousel_export.lean import lean
@@ -21,6 +20,7 @@ from carousel_export.nodes import repeat
 from carousel_export.operators import OPSET, TRANSLATIONS
 from carousel_export.place import find_place
 from carousel_export.quiet import quiet
+from carousel_export.runs import grow
 from carousel_export.signature import AHEAD, BATCH, LENGTHS, TIME, TIME_AHEAD, Dims, Signature, follows_time
 from carousel_export.step import Step, frame_dims, frame_of
 from carousel_export.tied import tie

@@ -18,7 +18,17 @@ from carousel_export.intercept import Intercept
 from carousel_export.packing import Packed, Packing, repack, unpack
 from carousel_export.padding import Padding, PadTime
 from carousel_export.ragged import RaggedTime
-from carousel_export.recurrent import LAYERS, States, as_hx, as_states, directions_of, kind_of, places_of, sides_of, weights_of
+from carousel_export.recurrent import (
+    LAYERS,
+    States,
+    as_hx,
+    as_states,
+    directions_of,
+    kind_of,
+    places_of,
+    sides_of,
+    weights_of,
+)
 from carousel_export.signature import Signature
 
 # (layer, direction, x [time, batch, size], lengths, states [directions, batch, size], None: zero) → y and the states
@@ -153,7 +163,8 @@ class LiftedLayer(nn.RNNBase):
         x = x.transpose(0, 1) if self.batch_first else x
         with frame.suspended():
             if frame.split is None:
-                y, ended = self._whole(frame, x, frame.states.get(call) or as_states(hx))
+                given = () if hx is None else hx
+                y, ended = self._whole(frame, x, frame.states.get(call) or as_states(given))
             else:
                 y, ended = self._ahead(frame, call, x)
         frame.ended[call] = ended

@@ -11,35 +11,34 @@ from carousel_export.culprits import Recorder, track
 from carousel_export.draw import Draw
 from carousel_export.eager import Eager
 from carousel_export.errors import ExampleError, ModelError
-from carousel_export.signature import Signature
 
 # Lengths after the shortest that are tried, where there is one.
 _MORE = 12
 
 
-def find_shortest(eager: Eager, signature: Signature, draw: Draw) -> tuple[Signature, str]:
-    """The signature with the least frames that the model can be run on, and in words what needs more than one.
+def find_shortest(eager: Eager, draw: Draw) -> tuple[Draw, str]:
+    """The draw with the least frames that the model can be run on, and in words what needs more than one.
 
     A model is not defined where it fails or answers with a NaN. Raises `ModelError` for one that is not defined for
     some number of frames after that.
     """
-    draw = replace(draw, generator=torch.Generator().manual_seed(22), turns=count())
+    trial = replace(draw, generator=torch.Generator().manual_seed(22), turns=count())
     longest = max(sample.frames for sample in draw.samples)
-    if signature.stepwise or _fails(eager, draw, longest):
+    if draw.signature.stepwise or _fails(eager, trial, longest):
         # Of a model that answers the example with a NaN nothing can be told so; the gate says more.
-        return signature, ""
+        return draw, ""
     where, least = "", 1
-    while least < longest and (culprit := _fails(eager, draw, least)):
+    while least < longest and (culprit := _fails(eager, trial, least)):
         where, least = culprit, least + 1
     if not where:
-        return signature, ""
+        return draw, ""
     for frames in range(least + 1, least + _MORE):
-        if culprit := _fails(eager, draw, frames):
+        if culprit := _fails(eager, trial, frames):
             raise ModelError(
-                f"{eager.name} runs on {least} frames and not on {frames} ({culprit}); pad in forward, so that it takes "
-                "any number of frames from some least one on"
+                f"{eager.name} runs on {least} frames and not on {frames} ({culprit}); pad in forward, so that it "
+                "takes any number of frames from some least one on"
             )
-    return replace(signature, least_frames=least), where
+    return replace(draw, signature=replace(draw.signature, least_frames=least)), where
 
 
 def _fails(eager: Eager, draw: Draw, frames: int) -> str:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from carousel_export.runs import candidates, grow
 from carousel_export.eager import Eager, call_name
 from carousel_export.errors import ModelError, one_line
 from carousel_export.given import Axes
@@ -25,6 +24,7 @@ from carousel_export.loops.layers import Cell, alike, layer_of, layer_of_both
 from carousel_export.loops.program import Program, Rolled, Size, fit, generalise, tensors_of
 from carousel_export.loops.roll import Roller
 from carousel_export.loops.trace import trace
+from carousel_export.runs import candidates, grow
 from carousel_export.signature import BATCH, TIME
 
 log = logging.getLogger(__name__)

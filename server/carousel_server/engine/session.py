@@ -199,8 +199,8 @@ class Session:
     ) -> None:
         """Take the next chunk, or answer one again whose answer is kept.
 
-        Raises `IndexGapError`, `SessionClosedError`, `QueueFullError`, `TooLargeError`, `TooShortError`; then nothing was
-        taken.
+        Raises `IndexGapError`, `SessionClosedError`, `QueueFullError`, `TooLargeError`, `TooShortError`; then nothing
+        was taken.
         """
         self.acknowledge(acknowledged)
         if index != self._next_index:
