@@ -19,8 +19,8 @@ class AnySize(Intercept):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        handler = _HANDLERS.get(getattr(func, "__name__", ""), lambda func, *args, **kwargs: func(*args, **kwargs))
-        return handler(func, *args, **(kwargs or {}))
+        handler = _HANDLERS.get(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {})) if handler is None else handler(func, *args, **(kwargs or {}))
 
 
 def _max_pool1d(

@@ -50,7 +50,7 @@ def find_signature(
         _dims(x, {axis: role for role, axes in roles if (axis := axes[i]) is not None}) for i, x in enumerate(example)
     ]
     named_outputs = output_names_of(tree, output_names)
-    following = find_following(eager, example, base, time_axes, named_outputs)
+    following = find_following(eager, example, base, time_axes, named_outputs, given=bool(given))
     outputs = _output_dims(eager, example, base, roles[1:], named_outputs, following)
     if batch_axes is None:
         whole = tuple(axis for axis in time_axes if axis is not None)

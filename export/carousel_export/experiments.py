@@ -86,7 +86,10 @@ def _needs_all(eager: Eager, signature: Signature, needs: str) -> str:
     """What the model does that only a whole sequence can be given, in words; empty where there is nothing."""
     if computed := sorted(eager.calling.computed):
         verb = "starts" if len(computed) == 1 else "start"
-        return f"{' and '.join(computed)} {verb} from a state that forward makes of its input"
+        return (
+            f"{' and '.join(computed)} {verb} from a state that forward makes of its input, and not from one that a "
+            "session could be given"
+        )
     return f"{needs} needs at least {signature.least_frames} frames" if needs else ""
 
 

@@ -37,8 +37,10 @@ def find_reduced(eager: Eager, example: tuple[Tensor, ...], base: Run) -> Axes |
     return None
 
 
-def find_following(eager: Eager, example: tuple[Tensor, ...], base: Run, axes: Axes, names: Sequence[str]) -> Following:
-    """How the outputs follow time, which is `axes` of the inputs.
+def find_following(
+    eager: Eager, example: tuple[Tensor, ...], base: Run, axes: Axes, names: Sequence[str], *, given: bool
+) -> Following:
+    """How the outputs follow time, which is `axes` of the inputs, `given` by the caller or found.
 
     Raises `ExampleError` for axes that the recurrent calls do not follow, for an output with several such axes or a
     size that is no extent, and for a number of frames that the model fails on.
@@ -50,7 +52,8 @@ def find_following(eager: Eager, example: tuple[Tensor, ...], base: Run, axes: A
             break
         found = run_on(eager, grow_all(example, axes, by))
         if found is None:
-            if by > 1:
+            if not given:
+                # It fails again, and says how.
                 eager.run(grow_all(example, axes, by))
             raise misnamed(eager, TIME, fails=True)
         if not all((by == _FAR) <= grown <= by for grown in _growth(base, found)):

@@ -77,10 +77,13 @@ class Numbering:
         self._canonical: dict[Value, Value] = {}
 
     def canonical(self, value: Value) -> Value:
-        """The tensor itself where `value` is only that one taken out again of a stack or concatenation."""
+        """The tensor itself where `value` is that one taken out again of a stack or concatenation, or moved back."""
         if value not in self._canonical:
             found = value
             for base in self.bases(value):
+                if _equal(base.numbers, _numbered(base.value.result)):
+                    found = self.canonical(base.value)
+                    break
                 same = [part.value for part in parts(base.value) if _equal(part.numbers, base.numbers)]
                 if same:
                     found = self.canonical(same[0])

@@ -83,6 +83,13 @@ def tensors_of(arguments: Sequence[Any]) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(list(arguments)) if isinstance(leaf, Tensor)]
 
 
+def filled(arguments: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
+    """The arguments with other tensors."""
+    given = iter(tensors)
+    found: list[Any] = pytree.tree_map_only(Tensor, lambda _: next(given), list(arguments))
+    return found
+
+
 class Rolled(nn.Module):
     """A model whose loops over cells have become recurrent layers; its modules stand where the user's model has them.
 

@@ -21,7 +21,7 @@ from carousel_export.errors import ModelError, one_line
 from carousel_export.given import Axes
 from carousel_export.loops.fuse import fuse, pairs, prune
 from carousel_export.loops.layers import Cell, alike, layer_of, layer_of_both
-from carousel_export.loops.program import Program, Rolled, Size, fit, generalise, tensors_of
+from carousel_export.loops.program import Program, Rolled, Size, filled, fit, generalise, tensors_of
 from carousel_export.loops.roll import Roller
 from carousel_export.loops.trace import trace
 from carousel_export.runs import candidates, grow
@@ -163,7 +163,7 @@ def _find_axes(eager: Eager, example: Sequence[Any]) -> dict[str, Axes]:
     for axes in candidates(tensors):
         size = next(x.shape[axis] for x, axis in zip(tensors, axes, strict=True) if axis is not None)
         grown = [x if axis is None else grow(x, axis, size + 1) for x, axis in zip(tensors, axes, strict=True)]
-        if (calls := _cell_calls(eager, _filled(example, grown))) is None:
+        if (calls := _cell_calls(eager, filled(example, grown))) is None:
             continue
         now, now_rows = calls
         if now_rows == rows and all(now[path] * size == counts[path] * (size + 1) for path in counts):
@@ -178,13 +178,6 @@ def _find_axes(eager: Eager, example: Sequence[Any]) -> dict[str, Axes]:
     if BATCH not in found:
         raise ModelError(f"{_names(eager)}: a cell has to be given a batch; write forward for [batch, time, …] inputs")
     return found
-
-
-def _filled(example: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
-    """The arguments with other tensors."""
-    given = iter(tensors)
-    filled: list[Any] = pytree.tree_map_only(Tensor, lambda _: next(given), list(example))
-    return filled
 
 
 def _cell_calls(eager: Eager, inputs: Sequence[Any]) -> tuple[dict[str, int], dict[str, int]] | None:
@@ -222,7 +215,7 @@ def _draw(example: Sequence[Any], roles: Mapping[str, Axes], sizes: Mapping[str,
             drawn.append(torch.randn(shape, generator=generator) * (spread if spread > 0 else 1.0))
         else:
             drawn.append(torch.randint(int(x.min()), int(x.max()) + 1, shape, generator=generator).to(x.dtype))
-    return _filled(example, drawn)
+    return filled(example, drawn)
 
 
 def _run(module: nn.Module, inputs: Sequence[Any]) -> list[Tensor] | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from carousel_export.eager import Eager, Handler
+from carousel_export.loops.framed import with_cells
 from carousel_export.loops.program import Size, tensors_of
 from carousel_export.loops.reroll import Loop, Rerolled, reroll
 from carousel_export.recurrent import States, as_hx, as_states, find_recurrent
@@ -22,10 +23,13 @@ from carousel_export.signature import TIME
 
 
 def without_loops(eager: Eager, example: Sequence[Tensor]) -> Eager:
-    """The model with its loops over cells as layers, which knows the loops as well; itself where it has no cells.
+    """The model with its loops over cells, and over layers frame by frame, as layers; it knows the loops as well.
+
+    A model without such loops is itself.
 
     Raises `ModelError`, naming the cell, where its loop is no layer.
     """
+    eager = with_cells(eager, example)
     if not eager.cells:
         return eager
     rerolled = reroll(eager, example)
