@@ -50,7 +50,9 @@ class Answers:
         """Print the labels of values for the whole sequence, and write the file."""
         for name in self._labels:
             if name not in self._frames and (value := self._last.get(name)) is not None:
-                click.echo(self._named(name, value[None])[0])
+                # One with a time of its own has a line for each entry.
+                for line in self._named(name, value.reshape(-1, value.shape[-1])):
+                    click.echo(line)
         if self._output is None:
             return
         arrays: dict[str, Any] = {name: self._whole(name) for name in self._kept}

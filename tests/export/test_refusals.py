@@ -67,9 +67,8 @@ def fading(inner: nn.Module, x: Tensor) -> Tensor:
     return torch.stack(answers, 1)
 
 
-def with_state(inner: nn.Module, x: Tensor) -> Tensor:
-    first = x[:, 0, :4].unsqueeze(0)
-    return inner(x, (first, first))[0]
+def in_pairs(inner: nn.Module, x: Tensor) -> Tensor:
+    return inner(x.unflatten(1, (x.shape[1] // 2, 2)).mean(2))[0]
 
 
 def packed(inner: nn.Module, x: Tensor) -> Tensor:
@@ -97,7 +96,6 @@ REFUSED = {
     "not a module": ("model.pt", X, cx.ModelError, ["str", "torch.nn.Module"]),
     "float64": (Around(lstm()).double(), X.double(), cx.ModelError, ["inner.weight_ih_l0", "model.float()"]),
     "NaN weight": (Around(with_nan()), X, cx.ModelError, ["inner.weight_hh_l0", "not finite"]),
-    "own state": (Around(lstm(), with_state), X, cx.ModelError, ["inner", "makes of its input", "argument of forward"]),
     "packed": (Around(lstm(), packed), X, cx.ModelError, ["inner", "packed", "pad_packed_sequence"]),
     "padded, not packed": (
         Around(lstm(), lambda m, x: pad_packed_sequence(m(x)[0], batch_first=True)[0]),
@@ -117,7 +115,18 @@ REFUSED = {
         cx.ExampleError,
         ["'x'", "tuple", "no state"],
     ),
-    "called in a loop": (Around(lstm(), frame_by_frame), X, cx.ModelError, ["inner", "whole sequence"]),
+    "started anew in a loop": (
+        Around(lstm(), frame_by_frame),
+        X,
+        cx.ModelError,
+        ["inner.0", "does not go", "start it"],
+    ),
+    "both ways in a loop": (
+        Around(lstm(bidirectional=True), frame_by_frame),
+        X,
+        cx.ModelError,
+        ["inner", "frame by frame", "two directions", "whole sequence"],
+    ),
     "over another axis": (Around(lstm(), over_features), X, cx.ExampleError, ["inner", "time"]),
     "batch of its own": (
         Around(lstm(), lambda m, x: m(x[None])[0][0]),
@@ -131,7 +140,13 @@ REFUSED = {
     "an array": (Around(lstm()), (X.numpy(),), cx.ExampleError, ["ndarray", "a tensor"]),
     "returns a number": (Around(lstm(), lambda m, x: (m(x)[0], 3)), X, cx.ModelError, ["[1]", "int"]),
     "time in two axes": (Around(lstm(), lambda m, x: m(x)[0] @ m(x)[0].mT), X, cx.ExampleError, ["output", "2 axes"]),
-    "fewer frames": (Around(lstm(), lambda m, x: m(x)[0][:, ::2]), X, cx.ExampleError, ["3 frames", "6"]),
+    "more frames": (
+        Around(lstm(), lambda m, x: m(x)[0].repeat_interleave(2, 1)),
+        X,
+        cx.ExampleError,
+        ["'output'", "12 entries for 6 frames"],
+    ),
+    "pairs of frames": (Around(lstm(), in_pairs), X, cx.ExampleError, ["[2, 7, 5]", "any number of frames"]),
     "a size made a tensor": (
         Around(lstm(), lambda m, x: m(x)[0].index_select(1, torch.tensor([x.size(1) - 1]))[:, 0]),
         X,

@@ -197,3 +197,37 @@ def test_each_cell_is_its_layer(
     ):
         answers = list(session.stream(cut(x.numpy(), 3, 1, 16)))
     np.testing.assert_allclose(np.concatenate(answers), wanted, rtol=0, atol=1e-5)
+
+
+class FrameByFrame(nn.Module):
+    """Time-major `[time, batch, 5]` → `[time, batch, 3]`: a two-layer GRU and an LSTM, called frame by frame."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(5, 6, num_layers=2)
+        self.lstm = nn.LSTM(6, 4, batch_first=True)
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, state, answers = None, None, []
+        for t in range(x.shape[0]):
+            y, h = self.gru(x[t : t + 1], h)
+            y, state = self.lstm(y.transpose(0, 1), state)
+            answers.append(self.linear(y[:, 0]))
+        return torch.stack(answers)
+
+
+@pytest.mark.system("4", "nn.LSTM and nn.GRU called on one frame at a time")
+def test_layers_called_frame_by_frame(tmp_path: Path) -> None:
+    """Whole layers in a loop over time are exported as the layers over time that they are, and streamed."""
+    model = make(FrameByFrame)
+    bundle = cx.export(model, torch.randn(5, 2, 5), name="framed", out=tmp_path)
+    assert [layer.name for layer in bundle.manifest.layers] == ["gru.0", "gru.1", "lstm.0"]
+    assert bundle.manifest.ragged
+    assert bundle.manifest.trainable_parameters == sum(p.numel() for p in model.parameters())
+    x = torch.randn(23, 5)
+    with torch.no_grad():
+        wanted = model(x[:, None])[:, 0]
+    with serving(tmp_path) as server, cc.connect(server.address) as client, client.session("framed") as session:
+        answers = list(session.stream(cut(x.numpy(), 1, 9, 13)))
+    np.testing.assert_allclose(np.concatenate(answers), wanted, rtol=0, atol=1e-5)

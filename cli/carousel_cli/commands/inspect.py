@@ -27,6 +27,11 @@ def command(bundle: Path) -> None:
     policies = [policy_text(policy) + _default_mark(policy, manifest) for policy in manifest.policies]
     rows = "may differ in length" if manifest.ragged else "must have equal lengths"
     console.print(f"policies {', '.join(policies)}; the rows of a batch {rows}")
+    if manifest.least_frames > 1:
+        console.print(f"a sequence has at least {manifest.least_frames} frames")
+    for extent in manifest.extents:
+        sign = "-" if extent.offset < 0 else "+"
+        console.print(f"{extent.name} is (time {sign} {abs(extent.offset)}) / {extent.stride}, rounded down")
     state_bytes = sum(layer.state_bytes for layer in manifest.layers)
     console.print(f"state of a session {state_bytes:,} bytes; FLOPs for a frame {_flops(manifest)}")
     for table in (_tensors(manifest), _layers(manifest), _files(manifest)):
