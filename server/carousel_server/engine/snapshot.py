@@ -112,7 +112,9 @@ class Snapshots:
             message.ClearField("session_id")
         for port, value in zip(session.outputs, place.values, strict=True):
             if value is not None and not port.per_frame:
-                state.values.add(name=port.name, dtype=wire_dtype(port.dtype), shape=port.item, data=value)
+                state.values.add(
+                    name=port.name, dtype=wire_dtype(port.dtype), shape=port.shape(place.answered), data=value
+                )
         if place.acknowledged is not None:
             state.acknowledged = place.acknowledged
         state.epoch = place.epoch
@@ -139,7 +141,7 @@ class Snapshots:
             state.ended,
             self._waiting(state, where),
             tuple(_result(message, session_id, outputs, where) for message in state.results),
-            _data(decode(state.values, ()), outputs, None, where),
+            _data(decode(state.values, ()), outputs, state.answered, where, timed=False),
             state.acknowledged if state.HasField("acknowledged") else None,
             state.epoch,
             state.holder,
@@ -194,12 +196,12 @@ def _result(message: ResultMessage, session_id: str, outputs: tuple[Port, ...], 
 
 
 def _data(
-    tensors: Mapping[str, Array], outputs: tuple[Port, ...], frames: int | None, where: str
+    tensors: Mapping[str, Array], outputs: tuple[Port, ...], frames: int, where: str, *, timed: bool = True
 ) -> tuple[bytes | None, ...]:
-    """The bytes of each output as `Result` has them; with `frames` None, of those with one value a sequence alone."""
-    ports = [port for port in outputs if frames is not None or not port.per_frame]
+    """The bytes of each output as `Result` has them; without `timed`, of those with one value a sequence alone."""
+    ports = [port for port in outputs if timed or not port.per_frame]
     for port in ports:
-        wanted = (frames or 0, *port.item) if port.per_frame else port.item
+        wanted = port.shape(frames)
         array = tensors.get(port.name)
         if (array is None and port.per_frame) or (
             array is not None and (array.dtype, array.shape) != (port.dtype, wanted)
