@@ -190,7 +190,7 @@ async def test_a_server_that_stops(own_server):
         yield [1]
         await asyncio.Event().wait()
 
-    async with cc.aio.connect(own_server.address) as client:
+    async with cc.aio.connect(own_server.address, resume_timeout=0.3) as client:
         sessions = [await client.session("speaker").__aenter__() for _ in range(3)]
         stream = sessions.pop().stream(silent())
         await anext(stream)

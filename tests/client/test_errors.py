@@ -13,7 +13,7 @@ import pytest
 from tests.client.process import serving
 
 import carousel_client as cc
-from carousel_client.protocol import Outbox
+from carousel_client.outbox import Outbox
 from carousel_protos.v1.carousel_pb2 import Chunk, Close, Open, RequestItem, StreamRequest
 from carousel_protos.v1.carousel_pb2_grpc import CarouselStub
 
@@ -142,7 +142,7 @@ def test_nobody_there():
 
 def test_a_server_that_is_killed(own_server):
     """A server that goes without a word is said to be gone, and the address, which was right, is not blamed."""
-    with cc.connect(own_server.address) as client:
+    with cc.connect(own_server.address, resume_timeout=0.3) as client:
         session = client.session("speaker").__enter__()
         session.send([1])
         own_server.kill()
@@ -161,7 +161,7 @@ def test_an_array_of_another_dtype_is_told_how_to_convert_it(client):
 @pytest.mark.settings(drain_timeout_s=0.5)
 def test_a_server_that_stops_is_announced(own_server):
     """A draining server's GoingAway is kept, and named by the error that its end brings; the client says when."""
-    with cc.connect(own_server.address) as client:
+    with cc.connect(own_server.address, resume_timeout=0.3) as client:
         session = client.session("speaker").__enter__()
         session.send([1])
         assert client.going_away is None
@@ -180,7 +180,7 @@ def test_a_stream_that_waits_for_its_source_is_told_of_the_end(own_server):
         yield [1]
         silent.wait(20)
 
-    with cc.connect(own_server.address) as client:
+    with cc.connect(own_server.address, resume_timeout=0.3) as client:
         stream = client.session("speaker").__enter__().stream(source())
         next(stream)
         own_server.stop()

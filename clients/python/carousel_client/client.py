@@ -1,5 +1,6 @@
 """The blocking client. `carousel_client.aio` is the same with `async`."""
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import datetime
@@ -9,11 +10,11 @@ from typing import Self, TypeVar
 import grpc
 
 from carousel_client.access import TLS, Access
-from carousel_client.connection import Connection
+from carousel_client.connection import Connection, Settings
 from carousel_client.errors import DeadlineExceeded
 from carousel_client.feeder import Feeder
 from carousel_client.policies import Policy, from_message
-from carousel_client.requests import MAX_MESSAGE_BYTES, SessionOptions, infer_request
+from carousel_client.requests import MAX_MESSAGE_BYTES, RESUME_TIMEOUT_S, SessionOptions, infer_request
 from carousel_client.signature import Answer
 from carousel_protos.v1.carousel_pb2 import (
     Chunk,
@@ -36,15 +37,18 @@ def connect(
     token: str | None = None,
     insecure: bool = False,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
+    resume_timeout: float = RESUME_TIMEOUT_S,
 ) -> "Client":
     """A client of the server at `target`, such as "localhost:8001"; nothing is sent yet.
 
     `tls` True encrypts and checks the server's certificate; a `TLS` says more, such as which authorities are believed;
     gRPC's own credentials are taken as they are. `token` says who calls; it is not sent unencrypted to another machine
     unless the network is said to be trusted (`insecure`). `max_message_bytes` bounds what this client sends and should
-    be the server's own limit. Raises `InvalidArgument` for files that cannot be used.
+    be the server's own limit. Where the connection breaks, sessions go on by themselves on another one; they fail with
+    `Unavailable` once the server was not back for `resume_timeout` seconds (0: at once). Raises `InvalidArgument` for
+    files that cannot be used.
     """
-    return Client(Connection(Access(target, tls, token, insecure), max_message_bytes))
+    return Client(Connection(Settings(Access(target, tls, token, insecure), max_message_bytes, resume_timeout)))
 
 
 class Client:
@@ -76,8 +80,7 @@ class Client:
     @property
     def going_away(self) -> datetime | None:
         """When the server has announced that it will stop; None where it has not."""
-        stream = self._connection.stream
-        return stream.going_away if stream is not None else None
+        return max((at for stream in self._connection.streams if (at := stream.going_away) is not None), default=None)
 
     def session(
         self,
@@ -89,6 +92,7 @@ class Client:
         session_id: str | None = None,
         initial_state: Mapping[str, object] | None = None,
         context: Mapping[str, object] | None = None,
+        resume: bool = False,
         timeout: float | None = None,
     ) -> "Session":
         """A session with `model`, to be used in a `with` statement.
@@ -96,10 +100,11 @@ class Client:
         `policy` None is the bundle's default, `version` "" the newest that is served, `variant` "" the server's choice,
         `session_id` None a random one. `initial_state` maps state inputs to `[layers × directions, size]`; those left
         out start as the model does. `context` maps each of the model's contexts (`GetModel`'s manifest names them) to
-        `[…]`; it holds for the whole session. `timeout` seconds bound the question for the model's manifest, which is
-        asked once.
+        `[…]`; it holds for the whole session. `resume` takes up the session `session_id`, which another client or
+        process began and which is then `Fenced` there: its `next_index` says with which chunk to go on. `timeout`
+        seconds bound the question for the model's manifest, which is asked once.
         """
-        options = SessionOptions(model, version, policy, session_id, initial_state, context, timeout, variant)
+        options = SessionOptions(model, version, policy, session_id, initial_state, context, timeout, variant, resume)
         return Session(self._connection, options)
 
     def infer(
@@ -148,12 +153,16 @@ class Session:
 
     Entering it sends Open without waiting for the answer, so that the first chunks follow at once: a refusal (such as
     `AlreadyExists`) is raised by the first call that needs an answer, at the latest on leaving. A chunk that the server
-    refuses leaves the state where it was, and the session goes on.
+    refuses leaves the state where it was, and the session goes on. So it does after a broken connection: chunks whose
+    answers have not come are kept and sent again, and each is run once. Chunks wait to be sent while as many as the
+    server allows, or 16 MiB, have no answer.
     """
 
     def __init__(self, connection: Connection, options: SessionOptions) -> None:
         self._connection = connection
         self._options = options
+        # Held while a chunk waits to be sent, so that chunks keep their order.
+        self._sending = threading.Lock()
 
     def __enter__(self) -> Self:
         options = self._options
@@ -186,6 +195,12 @@ class Session:
         assert self._state.opened is not None, "ready waited for it"
         return self._state.opened.version
 
+    @property
+    def next_index(self) -> int:
+        """How many chunks this session had had when it was opened here: not 0 where it was resumed. Waits for that."""
+        self.ready()
+        return self._state.first_index
+
     def ready(self, *, timeout: float | None = None) -> None:
         """Wait until the server has opened the session. Raises what it refuses it with."""
         _wait(self._connection.wait_opened(self._state), timeout, f"session {self.id} was not opened")
@@ -197,7 +212,8 @@ class Session:
         sequence with this chunk, which may be None, and flushes what is held back. After a `DeadlineExceeded` the chunk
         may still be run; the next one follows it.
         """
-        return self._answer(_wait(self._send(chunk, end), timeout, f"a chunk of session {self.id} was not answered"))
+        what = f"a chunk of session {self.id} was not answered"
+        return self._answer(_wait(self._send(chunk, end, timeout), timeout, what))
 
     def stream(self, chunks: Iterable[object], *, in_flight: int = 8) -> Iterator[Answer]:
         """Send `chunks` and yield the frames that became final with each: one answer for each chunk, and one more.
@@ -217,10 +233,14 @@ class Session:
             self._connection.unwatch(self._state, ended)
             feeder.stop()
 
-    def _send(self, chunk: object, end: bool) -> Future[Result]:
+    def _send(self, chunk: object, end: bool, timeout: float | None = None) -> Future[Result]:
         message = Chunk(end=end)
         self._signature.encode_chunk(message.tensors, chunk, end=end)
-        return self._connection.send(self._state, message)
+        with self._sending:
+            try:
+                return self._connection.send(self._state, message, timeout)
+            except TimeoutError:
+                raise DeadlineExceeded(f"a chunk of session {self.id} was not sent within {timeout} s") from None
 
     def _answer(self, result: Result) -> Answer:
         assert self._state.opened is not None, "a result comes after Opened"

@@ -39,6 +39,10 @@ class NotFound(CarouselError):
     code = grpc.StatusCode.NOT_FOUND
 
 
+class SessionNotFound(NotFound):
+    """No such session; after a server without a store was restarted, none of those before."""
+
+
 class SessionExpired(NotFound):
     """The session was there, and expired or was evicted."""
 
@@ -59,6 +63,10 @@ class Aborted(CarouselError):
     """A newer stream or owner has taken the session."""
 
     code = grpc.StatusCode.ABORTED
+
+
+class Fenced(Aborted):
+    """Another client has resumed the session, and has it from then on."""
 
 
 class InvalidArgument(CarouselError):
@@ -116,7 +124,7 @@ class Internal(CarouselError):
 
 
 _BY_CODE = {kind.code.value[0]: kind for kind in CarouselError.__subclasses__()}
-_BY_REASON = {"SESSION_EXPIRED": SessionExpired}
+_BY_REASON = {"SESSION_EXPIRED": SessionExpired, "SESSION_NOT_FOUND": SessionNotFound, "FENCED": Fenced}
 
 
 def from_status(status: status_pb2.Status) -> CarouselError:

@@ -1,16 +1,19 @@
 """The requests that both clients build alike."""
 
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from carousel_client.errors import FailedPrecondition, ResourceExhausted, Unavailable
 from carousel_client.policies import Policy, to_message
-from carousel_client.protocol import new_session_id
+from carousel_client.session_state import new_session_id
 from carousel_client.signature import Signature
 from carousel_protos.v1.carousel_pb2 import GetModelResponse, InferRequest, ModelState, Open
 
 # What a server takes by default.
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
+# Seconds that a server may be gone before its sessions fail.
+RESUME_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,11 @@ class SessionOptions:
     context: Mapping[str, object] | None
     timeout: float | None
     variant: str = ""
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        if self.resume and not self.session_id:
+            raise ValueError("resume takes up the session that session_id names; give both")
 
     def request(self, signature: Signature) -> Open:
         """Raises `InvalidArgument` for a state or a context that does not fit."""
@@ -33,6 +41,8 @@ class SessionOptions:
             model=self.model,
             version=self.version,
             variant=self.variant,
+            resume=self.resume,
+            holder=secrets.token_hex(8),
         )
         if self.policy is not None:
             request.policy.CopyFrom(to_message(self.policy))

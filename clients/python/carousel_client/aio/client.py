@@ -12,9 +12,10 @@ import grpc
 
 from carousel_client.access import TLS, Access
 from carousel_client.aio.connection import Connection
+from carousel_client.connection import Settings
 from carousel_client.errors import DeadlineExceeded, FailedPrecondition
 from carousel_client.policies import Policy, from_message
-from carousel_client.requests import MAX_MESSAGE_BYTES, SessionOptions, infer_request
+from carousel_client.requests import MAX_MESSAGE_BYTES, RESUME_TIMEOUT_S, SessionOptions, infer_request
 from carousel_client.signature import Answer
 from carousel_protos.v1.carousel_pb2 import (
     Chunk,
@@ -39,15 +40,18 @@ def connect(
     token: str | None = None,
     insecure: bool = False,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
+    resume_timeout: float = RESUME_TIMEOUT_S,
 ) -> "Client":
     """A client of the server at `target`, such as "localhost:8001"; nothing is sent yet.
 
     `tls` True encrypts and checks the server's certificate; a `TLS` says more, such as which authorities are believed;
     gRPC's own credentials are taken as they are. `token` says who calls; it is not sent unencrypted to another machine
     unless the network is said to be trusted (`insecure`). `max_message_bytes` bounds what this client sends and should
-    be the server's own limit. Raises `InvalidArgument` for files that cannot be used.
+    be the server's own limit. Where the connection breaks, sessions go on by themselves on another one; they fail with
+    `Unavailable` once the server was not back for `resume_timeout` seconds (0: at once). Raises `InvalidArgument` for
+    files that cannot be used.
     """
-    return Client(Access(target, tls, token, insecure), max_message_bytes)
+    return Client(Settings(Access(target, tls, token, insecure), max_message_bytes, resume_timeout))
 
 
 class Client:
@@ -57,11 +61,11 @@ class Client:
     answers, `DeadlineExceeded` after `timeout` seconds (None: no limit).
     """
 
-    def __init__(self, access: Access, max_message_bytes: int) -> None:
-        self._settings = (access, max_message_bytes)
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
 
     async def __aenter__(self) -> Self:
-        self._connection = Connection(*self._settings)
+        self._connection = Connection(self._settings)
         return self
 
     async def __aexit__(
@@ -76,8 +80,7 @@ class Client:
     @property
     def going_away(self) -> datetime | None:
         """When the server has announced that it will stop; None where it has not."""
-        stream = self._connection.stream
-        return stream.going_away if stream is not None else None
+        return max((at for stream in self._connection.streams if (at := stream.going_away) is not None), default=None)
 
     def session(
         self,
@@ -89,6 +92,7 @@ class Client:
         session_id: str | None = None,
         initial_state: Mapping[str, object] | None = None,
         context: Mapping[str, object] | None = None,
+        resume: bool = False,
         timeout: float | None = None,
     ) -> "Session":
         """A session with `model`, to be used in a `with` statement.
@@ -96,9 +100,11 @@ class Client:
         `policy` None is the bundle's default, `version` "" the newest that is served, `variant` "" the server's choice,
         `session_id` None a random one. `initial_state` maps state inputs to `[layers × directions, size]`; those left
         out start as the model does; `context` maps each of the model's contexts (`GetModel`'s manifest names them); it
-        holds for the whole session. `timeout` seconds bound the question for the model's manifest, which is asked once.
+        holds for the whole session. `resume` takes up the session `session_id`, which another client or process began
+        and which is then `Fenced` there: its `next_index` says with which chunk to go on. `timeout` seconds bound the
+        question for the model's manifest, which is asked once.
         """
-        options = SessionOptions(model, version, policy, session_id, initial_state, context, timeout, variant)
+        options = SessionOptions(model, version, policy, session_id, initial_state, context, timeout, variant, resume)
         return Session(self._connection, options)
 
     async def infer(
@@ -148,12 +154,16 @@ class Session:
 
     Entering it sends Open without waiting for the answer, so that the first chunks follow at once: a refusal (such as
     `AlreadyExists`) is raised by the first call that needs an answer, at the latest on leaving. A chunk that the server
-    refuses leaves the state where it was, and the session goes on.
+    refuses leaves the state where it was, and the session goes on. So it does after a broken connection: chunks whose
+    answers have not come are kept and sent again, and each is run once. Chunks wait to be sent while as many as the
+    server allows, or 16 MiB, have no answer.
     """
 
     def __init__(self, connection: Connection, options: SessionOptions) -> None:
         self._connection = connection
         self._options = options
+        # Held while a chunk waits to be sent, so that chunks keep their order.
+        self._sending = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
         options = self._options
@@ -184,6 +194,13 @@ class Session:
         """The version that serves this session; known from the first answer, or `ready`, on."""
         return self._opened().version
 
+    @property
+    def next_index(self) -> int:
+        """How many chunks this session had had when it was opened here: not 0 where it was resumed. Known as `policy`
+        is."""
+        self._opened()
+        return self._state.first_index
+
     async def ready(self, *, timeout: float | None = None) -> None:
         """Wait until the server has opened the session. Raises what it refuses it with."""
         await _wait(self._connection.wait_opened(self._state), timeout, f"session {self.id} was not opened")
@@ -195,8 +212,12 @@ class Session:
         sequence with this chunk, which may be None, and flushes what is held back. After a `DeadlineExceeded` the chunk
         may still be run; the next one follows it.
         """
-        answer = self._send(chunk, end)
-        return await self._answer(await _wait(answer, timeout, f"a chunk of session {self.id} was not answered"))
+        try:
+            async with asyncio.timeout(timeout):
+                result = await (await self._send(chunk, end))
+        except TimeoutError:
+            raise DeadlineExceeded(f"a chunk of session {self.id} was not answered within {timeout} s") from None
+        return await self._answer(result)
 
     async def stream(
         self, chunks: Iterable[object] | AsyncIterable[object], *, in_flight: int = 8
@@ -243,15 +264,16 @@ class Session:
                 await room.acquire()
                 chunk = await anext(source, _EXHAUSTED)
                 more = chunk is not _EXHAUSTED
-                answers.put_nowait(self._send(chunk if more else None, not more))
+                answers.put_nowait(await self._send(chunk if more else None, not more))
         finally:
             # The error, if one came, is raised where this task is awaited.
             answers.put_nowait(None)
 
-    def _send(self, chunk: object, end: bool) -> asyncio.Future[Result]:
+    async def _send(self, chunk: object, end: bool) -> asyncio.Future[Result]:
         message = Chunk(end=end)
         self._signature.encode_chunk(message.tensors, chunk, end=end)
-        return self._connection.send(self._state, message)
+        async with self._sending:
+            return await self._connection.send(self._state, message)
 
     def _opened(self) -> Opened:
         if self._state.opened is None:
