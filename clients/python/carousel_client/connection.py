@@ -110,12 +110,21 @@ class Connection:
         return response
 
     def signature(self, model: str, version: str, timeout: float | None = None) -> Signature:
-        """The signature of a model's version, asked for once."""
+        """The signature of a model's version, asked for once, and again where a server that was there is gone."""
         key = (model, version)
-        if key not in self._signatures:
-            response = self.unary(self.stub.GetModel, GetModelRequest(model=model, version=version), timeout)
-            signature = self._signatures[key] = read_signature(response)
-            self._signatures[model, signature.version] = signature
+        backoff = Backoff(self._settings.resume_timeout if timeout is None else 0.0)
+        while key not in self._signatures:
+            try:
+                response = self.unary(self.stub.GetModel, GetModelRequest(model=model, version=version), timeout)
+                signature = read_signature(response)
+            except Unavailable as error:
+                delay = backoff.delay(time.monotonic(), least=error.retry_after or 0.0) if self._connected else None
+                if delay is None:
+                    raise
+                with self._condition:
+                    self._condition.wait_for(lambda: self._closed, delay)
+            else:
+                self._signatures[model, signature.version] = self._signatures[key] = signature
         return self._signatures[key]
 
     def open(self, request: Open) -> SessionState:
