@@ -22,9 +22,11 @@ class ServerOptions:
     insecure: bool
     token: str | None = field(repr=False)
 
-    def connect(self) -> cc.Client:
+    def connect(self, *, resume_timeout: float) -> cc.Client:
         """Raises `cc.CarouselError` for files that cannot be used, and a token that would travel in the clear."""
-        return cc.connect(self.target, tls=self.tls, token=self.token, insecure=self.insecure)
+        return cc.connect(
+            self.target, tls=self.tls, token=self.token, insecure=self.insecure, resume_timeout=resume_timeout
+        )
 
 
 def server_options(command: Callable[..., Any]) -> Callable[..., Any]:

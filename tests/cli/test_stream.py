@@ -84,9 +84,9 @@ def test_lines_are_answered_as_they_arrive(address: str):
 
 
 def test_a_live_pipe_whose_server_goes_ends_with_a_line(cli_models: Path):
-    """With the server gone the command ends at once, though standard input stays open and silent."""
+    """With the server gone for too long the command ends, though standard input stays open and silent."""
     with serving(cli_models) as server:
-        command = [CAROUSEL, "stream", "talker", "-", "--target", server.address, "--labels"]
+        command = [CAROUSEL, "stream", "talker", "-", "--target", server.address, "--labels", "--resume-timeout", "0.2"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         with subprocess.Popen(command, text=True, bufsize=1, **pipes) as process:
             process.stdin.write("3\n")

@@ -37,6 +37,13 @@ from carousel_cli.sources import Source, open_source, read_context
     metavar="NAME=FILE.npy",
     help="What the model is given once for the session, such as memory=memory.npy; once for each of its contexts.",
 )
+@click.option(
+    "--resume-timeout",
+    type=click.FloatRange(0),
+    default=60.0,
+    show_default=True,
+    help="Seconds that a server may be gone before the stream is given up; until then it goes on where it was.",
+)
 @policy_options
 def command(
     model: str,
@@ -48,6 +55,7 @@ def command(
     output: Path | None,
     labels: bool,
     contexts: tuple[str, ...],
+    resume_timeout: float,
     policy: str | None,
     block: int | None,
     ahead: int | None,
@@ -63,7 +71,7 @@ def command(
     try:
         given = read_context(contexts)
         with (
-            server.connect() as client,
+            server.connect(resume_timeout=resume_timeout) as client,
             client.session(model, version=version, variant=variant, policy=asked, context=given) as session,
         ):
             manifest = client.model(model, version=session.version).manifest

@@ -80,7 +80,7 @@ class Client:
     @property
     def going_away(self) -> datetime | None:
         """When the server has announced that it will stop; None where it has not."""
-        return max((at for stream in self._connection.streams if (at := stream.going_away) is not None), default=None)
+        return max((at for stream in self._connection.streams if (at := stream.announced) is not None), default=None)
 
     def session(
         self,

@@ -49,8 +49,8 @@ class StreamState:
         self.outbox = Outbox(max_message_bytes)
         # When the server has said that it will stop.
         self.going_away: datetime | None = None
-        # The same of the call before, as long as nothing was answered since.
-        self._announced: datetime | None = None
+        # The same, and of the call before as long as nothing was answered since.
+        self.announced: datetime | None = None
         # A session was opened here.
         self.served = False
         # New sessions go to another stream; this one ends with its last session.
@@ -101,7 +101,8 @@ class StreamState:
                 case "failed":
                     self._receive_failed(item.failed, now)
                 case "going_away":
-                    self.going_away = datetime.fromtimestamp(item.going_away.deadline_unix_ms / 1000, UTC)
+                    at = datetime.fromtimestamp(item.going_away.deadline_unix_ms / 1000, UTC)
+                    self.going_away = self.announced = at
 
     def take_due(self, now: float) -> list[Member]:
         """The sessions that were refused for now and whose time has come, to be put on a stream again."""
@@ -136,7 +137,7 @@ class StreamState:
     def restart(self) -> None:
         """Another call begins: open every session on it, and send again what was not acknowledged."""
         self._connected = True
-        self._announced, self.going_away = self.going_away or self._announced, None
+        self.going_away = None
         for member in self._members.values():
             member.waits = False
             member.session.attach(self.outbox)
@@ -152,17 +153,16 @@ class StreamState:
     def fail(self, error: CarouselError) -> None:
         """The stream has ended for good: so have its sessions."""
         self.finished = True
-        self.going_away = self.going_away or self._announced
-        if self.going_away is not None:
+        if self.announced is not None:
             error.args = (
-                f"{error} (the server had announced that it stops by {self.going_away:%Y-%m-%d %H:%M:%S} UTC)",
+                f"{error} (the server had announced that it stops by {self.announced:%Y-%m-%d %H:%M:%S} UTC)",
             )
         for member in self.release():
             member.session.end(error)
 
     def _goes_on(self, member: Member) -> None:
         """It was answered: what breaks next is another failure."""
-        self._announced = None
+        self.announced = self.going_away
         self._backoff.reset()
         member.backoff.reset()
 
