@@ -16,11 +16,12 @@ from torch import nn
 import carousel_export as cx
 from carousel_protos import Bundle
 from carousel_server.config import Limits
+from carousel_server.engine.events import Event, Result
 from carousel_server.engine.model import Model
 from carousel_server.engine.policy import CARRY, CAUSAL, FULL, LOOKAHEAD, Blocking
 from carousel_server.engine.portable import unseal
 from carousel_server.engine.runtime import load_runtimes
-from carousel_server.engine.session import Event, Result, Session
+from carousel_server.engine.session import Session
 
 LIMITS = Limits(max_sessions=1000, max_block_frames=5)
 

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from carousel_server.config import Limits
+from carousel_server.engine.events import Closed, Failure, Result
 from carousel_server.engine.policy import CARRY, CAUSAL, FULL, LOOKAHEAD, Blocking
-from carousel_server.engine.session import Closed, Failure, Result, Session
+from carousel_server.engine.session import Session
 from carousel_server.engine.spec import Port
 from carousel_server.errors import (
     CarouselError,

@@ -7,7 +7,7 @@ import pytest
 
 from carousel_server.config import ServerConfig
 from carousel_server.engine.engine import Engine
-from carousel_server.engine.session import Event
+from carousel_server.engine.events import Event
 from carousel_server.errors import AlreadyExistsError, NotOwnerError, SessionClosedError
 
 FRAMES = {"x": np.zeros((4, 5), np.float32)}

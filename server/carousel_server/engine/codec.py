@@ -7,7 +7,7 @@ import numpy as np
 
 from carousel_protos.v1.carousel_pb2 import Result as ResultMessage
 from carousel_protos.v1.carousel_pb2 import Tensor
-from carousel_server.engine.session import Result
+from carousel_server.engine.events import Result
 from carousel_server.engine.spec import Array, Port, numpy_dtype, wire_dtype
 from carousel_server.errors import TensorError, shorten
 

@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 from carousel_protos.v1.manifest_pb2 import Policy
 from carousel_server.config import ServerConfig
 from carousel_server.engine.catalogue import Catalogue, Entry
+from carousel_server.engine.events import Sink
 from carousel_server.engine.model import Model
 from carousel_server.engine.portable import unseal
-from carousel_server.engine.session import Session, Sink
+from carousel_server.engine.session import Session
 from carousel_server.engine.sessions import Resident, Sessions
 from carousel_server.engine.spec import Array
 from carousel_server.errors import DrainingError, SessionDiffersError, shorten

@@ -12,9 +12,10 @@ from safetensors import SafetensorError, safe_open
 from carousel_protos import Bundle
 from carousel_protos.v1.manifest_pb2 import Policy
 from carousel_server.config import Limits
+from carousel_server.engine.events import Event, Failure, Result
 from carousel_server.engine.model import Model
 from carousel_server.engine.runtime import Runtime
-from carousel_server.engine.session import Event, Failure, Result, Session
+from carousel_server.engine.session import Session
 from carousel_server.engine.spec import Array, Port
 from carousel_server.errors import LoadError
 

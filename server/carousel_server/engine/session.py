@@ -7,13 +7,12 @@ state before it can be put back, so a failure moves nothing. An answer stays unt
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
-
-import numpy as np
 
 from carousel_server.config import Limits
 from carousel_server.engine.context import NO_CONTEXT, Context
+from carousel_server.engine.events import Closed, Event, Failure, Result, Sink
 from carousel_server.engine.frames import Frames, Piece
+from carousel_server.engine.place import Place
 from carousel_server.engine.policy import CAUSAL, FULL, Blocking
 from carousel_server.engine.spec import Array, Port
 from carousel_server.errors import (
@@ -24,78 +23,6 @@ from carousel_server.errors import (
     TooLargeError,
     TooShortError,
 )
-
-
-@dataclass(slots=True)  # frozen, it would take three times as long to make
-class Result:
-    """One chunk's answer: the frames [first_frame, first_frame + frames) that became final with it.
-
-    `data` has one entry for each output: little-endian bytes of `[frames, …]`, or of `[…]` for an output with one value
-    a sequence, None while there is no such value.
-    """
-
-    session_id: str
-    index: int
-    first_frame: int
-    frames: int
-    data: tuple[bytes | None, ...]
-
-    def arrays(self, outputs: Sequence[Port]) -> dict[str, Array]:
-        """The outputs by name, `[frames, …]` or `[…]`, viewed in place."""
-        return {
-            port.name: np.frombuffer(data, port.dtype).reshape(port.shape(self.frames))
-            for port, data in zip(outputs, self.data, strict=True)
-            if data is not None
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a session is after the chunk that it answered last; with the state rows, all that its next answers need."""
-
-    next_index: int
-    # Frames whose answer was given.
-    answered: int
-    ended: bool
-    # Frames received and not yet answered.
-    waiting: list[Piece]
-    # Kept for a chunk that comes again, oldest first.
-    results: tuple[Result, ...]
-    # One for each output, as in `Result`; those of outputs with frames have no meaning.
-    values: tuple[bytes | None, ...]
-    # The answers to all chunks before this index have arrived; None: the client has not said.
-    acknowledged: int | None
-    epoch: int
-    holder: str
-
-    def branch(self) -> "Place":
-        """The place of a session that another client goes on with."""
-        return replace(self, results=self.results[-1:], acknowledged=None, epoch=1, holder="")
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Something asked of a session that was refused; `index` is the chunk it is about, if it is about one."""
-
-    session_id: str
-    error: CarouselError
-    index: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Closed:
-    """The session has ended at its client's wish, with everything answered before."""
-
-    session_id: str
-
-
-Event = Result | Failure | Closed
-
-
-class Sink(Protocol):
-    """Where a session's answers go; it must not block, and may be called many times in a row."""
-
-    def deliver(self, event: Event) -> None: ...
 
 
 @dataclass(slots=True)

@@ -9,8 +9,9 @@ from uuid import uuid4
 from carousel_protos.v1.manifest_pb2 import Policy
 from carousel_protos.v1.state_pb2 import SessionState
 from carousel_server.config import Limits
+from carousel_server.engine.events import Failure, Sink
 from carousel_server.engine.model import Model
-from carousel_server.engine.session import Failure, Session, Sink
+from carousel_server.engine.session import Session
 from carousel_server.engine.spec import Array
 from carousel_server.errors import (
     AlreadyExistsError,

@@ -14,10 +14,12 @@ from carousel_protos.v1.state_pb2 import SessionState
 from carousel_server.config import Limits
 from carousel_server.engine.codec import decode, fill_result
 from carousel_server.engine.context import Context, read_context
+from carousel_server.engine.events import Result
 from carousel_server.engine.frames import Piece
+from carousel_server.engine.place import Place
 from carousel_server.engine.policy import Blocking, choose_blocking
 from carousel_server.engine.portable import FORMAT, seal
-from carousel_server.engine.session import Place, Result, Session
+from carousel_server.engine.session import Session
 from carousel_server.engine.spec import Array, ModelSpec, Port, describe, wire_dtype
 from carousel_server.engine.variants import Variants
 from carousel_server.errors import (

@@ -22,7 +22,7 @@ from carousel_protos.v1.carousel_pb2 import (
 from carousel_protos.v1.carousel_pb2 import Closed as ClosedMessage
 from carousel_server.engine.codec import decode, fill_result
 from carousel_server.engine.engine import Engine
-from carousel_server.engine.session import Event, Failure, Result
+from carousel_server.engine.events import Event, Failure, Result
 from carousel_server.engine.spec import Port
 from carousel_server.errors import CarouselError, InvalidError, TooLargeError
 from carousel_server.front.guard import caller
