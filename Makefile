@@ -10,10 +10,10 @@ TORCH_INDEX_URL ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 PACKAGES := $(foreach room,protos export server client cli,-p carousel_$(room))
 
-.PHONY: help run serve test lint format systems bench protos clean
+.PHONY: help run serve test lint format systems bench bench-quick bench-peers figures protos clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-8s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-11s %s\n", $$1, $$2}'
 
 $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -41,6 +41,7 @@ lint: $(READY) ## Style, strict types, import boundaries, stale generated code
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python protos/generate.py --check
 	@$(BIN)/python -m tests.support.systems --check > /dev/null
+	@$(BIN)/python -m bench.figures --check
 
 format: $(READY) ## Put the code in its form
 	@$(BIN)/ruff check --fix --quiet
@@ -49,11 +50,20 @@ format: $(READY) ## Put the code in its form
 systems: $(READY) ## Write README's table of supported models from the tests that prove it
 	@$(BIN)/python -m tests.support.systems > /dev/null
 
-bench: $(READY) ## Carousel, servers by hand and the raw onnxruntime call side by side
+bench: $(READY) ## Carousel, Triton, servers by hand and the raw onnxruntime call side by side; under ten minutes
 	@$(BIN)/python -m bench.run
+
+bench-quick: $(READY) ## The same with fewer sessions and one round, in under two minutes; leaves bench/results alone
+	@$(BIN)/python -m bench.run --quick
+
+bench-peers: $(READY) ## Ray Serve, MLServer, TorchServe, BentoML and LitServe, each in an environment of its own
+	@$(BIN)/python -m bench.others
+
+figures: $(READY) ## Write the documents' figures from bench/results
+	@$(BIN)/python -m bench.figures
 
 protos: $(READY) ## Generate Python from the .proto files
 	@$(BIN)/python protos/generate.py
 
 clean: ## Remove the environment, caches and exported models
-	rm -rf $(VENV) models .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .peers models .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,26 +1,27 @@
-"""The two models of the benchmark, and their bundles, exported once into a folder."""
+"""The models of the benchmark, and their bundles, exported once into a folder."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from bench.sizes import FRAMES, SIZES
 from torch import nn
 
 import carousel_export as cx
+from carousel_protos.bundle import Bundle
 
-FRAMES = 10
+States = tuple[torch.Tensor, torch.Tensor]
 
 
 class Stack(nn.Module):
-    """`[batch, time, features]` → `[batch, time, 32]`: two bidirectional LSTM layers and a linear one."""
+    """`[batch, time, features]` → `[batch, time, 32]`: two LSTM layers and a linear one."""
 
-    def __init__(self, features: int, hidden: int) -> None:
+    def __init__(self, features: int, hidden: int, *, bidirectional: bool) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(features, hidden, num_layers=2, bidirectional=True, batch_first=True)
-        self.linear = nn.Linear(2 * hidden, 32)
+        self.lstm = nn.LSTM(features, hidden, num_layers=2, bidirectional=bidirectional, batch_first=True)
+        self.linear = nn.Linear(hidden * (2 if bidirectional else 1), 32)
 
-    def forward(
-        self, x: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor] | None = None
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    def forward(self, x: torch.Tensor, state: States | None = None) -> tuple[torch.Tensor, States]:
         y, state = self.lstm(x, state)
         return self.linear(y), state
 
@@ -36,17 +37,36 @@ class Whole(nn.Module):
         return self.stack(x)[0]
 
 
-SIZES = {"A": (80, 128), "B": (512, 256)}
+@dataclass(frozen=True)
+class Exported:
+    """Where a model's bundle is, and what of its manifest the benchmark needs."""
+
+    folder: Path
+    name: str
+    state_bytes: int
+    int8_tolerance: float
+
+    @property
+    def graph(self) -> Path:
+        return self.folder / self.name / "1" / "model.onnx"
 
 
 def make(name: str) -> Stack:
-    """A: LSTM 80→128; B: LSTM 512→256; weights drawn with a fixed seed."""
+    """Weights are drawn with a fixed seed."""
     torch.manual_seed(0)
-    return Stack(*SIZES[name]).eval()
+    return Stack(*SIZES[name], bidirectional=name != "U").eval()
 
 
-def export_all(folder: Path) -> None:
-    """The models folders `A` and `B` under `folder`, with one bundle each, unless they are there."""
-    for name, (features, _) in SIZES.items():
-        if not (folder / name / name).exists():
-            cx.export(Whole(make(name)).eval(), torch.randn(3, FRAMES, features), name=name, out=folder / name)
+def export_all(folder: Path) -> dict[str, Exported]:
+    """The models folders `A`, `B` and `U` under `folder`, with one bundle each; those that are there stay."""
+    return {name: _export(folder / name, name) for name in SIZES}
+
+
+def _export(folder: Path, name: str) -> Exported:
+    if not (folder / name).exists():
+        variants = ("int8",) if name == "B" else ()
+        model = Whole(make(name)).eval()
+        cx.export(model, torch.randn(3, FRAMES, SIZES[name][0]), name=name, out=folder, variants=variants)
+    manifest = Bundle.open(folder / name / "1", check=False).manifest
+    int8 = [graph.tolerance.absolute for graph in manifest.graphs if graph.variant == "int8"]
+    return Exported(folder, name, sum(layer.state_bytes for layer in manifest.layers), max(int8, default=0.0))

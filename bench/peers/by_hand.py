@@ -12,17 +12,16 @@ from typing import Any
 import grpc
 import numpy as np
 import onnxruntime as ort
-import torch
 import uvloop
-from bench.models import SIZES, make
+from bench.sizes import SIZES
 
 Answer = Callable[[np.ndarray, Any], tuple[np.ndarray, Any]]
 
 
-def onnxruntime_answer(file: Path) -> Answer:
+def onnxruntime_answer(graph: Path) -> Answer:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    session = ort.InferenceSession(file, options)
+    session = ort.InferenceSession(graph, options)
     h, c = (node for node in session.get_inputs() if node.name.endswith(("h_0", "c_0")))
     zeros = np.zeros((1, *h.shape[1:]), np.float32)
 
@@ -36,12 +35,15 @@ def onnxruntime_answer(file: Path) -> Answer:
 
 
 def eager_answer(model: str) -> Answer:
+    import torch  # noqa: PLC0415 -- the others are spared its start and its memory
+    from bench.models import make  # noqa: PLC0415
+
     torch.set_num_threads(1)
     stack = make(model)
 
     @torch.inference_mode()
     def answer(x: np.ndarray, state: Any) -> tuple[np.ndarray, Any]:
-        y, after = stack(torch.from_numpy(x)[None], state)
+        y, after = stack(torch.from_numpy(x.copy())[None], state)
         return y[0].numpy(), after
 
     return answer
@@ -52,7 +54,7 @@ def serve(answer: Answer, features: int) -> Callable[[AsyncIterator[bytes], Any]
         state = None
         async for request in requests:
             x = np.frombuffer(request, np.float32).reshape(-1, features)
-            y, state = await asyncio.to_thread(answer, x.copy(), state)
+            y, state = await asyncio.to_thread(answer, x, state)
             yield y.tobytes()
 
     return stream
@@ -70,7 +72,7 @@ async def run(behavior: Any) -> None:
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--graph", type=Path, required=True)
     parser.add_argument("--model", choices=SIZES, required=True)
     return parser
 
@@ -79,8 +81,7 @@ def main() -> None:
     parser = arguments()
     parser.add_argument("--engine", choices=["onnxruntime", "eager"], default="onnxruntime")
     given = parser.parse_args()
-    file = given.models / given.model / "1" / "model.onnx"
-    answer = eager_answer(given.model) if given.engine == "eager" else onnxruntime_answer(file)
+    answer = eager_answer(given.model) if given.engine == "eager" else onnxruntime_answer(given.graph)
     uvloop.run(run(serve(answer, SIZES[given.model][0])))
 
 

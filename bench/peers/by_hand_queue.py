@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import uvloop
-from bench.models import FRAMES, SIZES
 from bench.peers.by_hand import arguments, run
+from bench.sizes import SIZES
 
 _MOST = 64
 
 
 class Batcher:
-    def __init__(self, file: Path, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, graph: Path, loop: asyncio.AbstractEventLoop) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = ort.InferenceSession(file, options)
+        self._session = ort.InferenceSession(graph, options)
         self._h, self._c = (n for n in self._session.get_inputs() if n.name.endswith(("h_0", "c_0")))
         self.zeros = np.zeros(self._h.shape[1:], np.float32)
         self._loop = loop
@@ -47,14 +47,15 @@ class Batcher:
                         batch.append(self._queue.get_nowait())
                     except queue.Empty:
                         break
+            x, lengths = _stack([x for x, _, _ in batch])
             feeds = {
-                "x": np.stack([x for x, _, _ in batch]),
-                "lengths": np.full(len(batch), FRAMES, np.int32),
+                "x": x,
+                "lengths": lengths,
                 self._h.name: np.stack([state[0] for _, state, _ in batch]),
                 self._c.name: np.stack([state[1] for _, state, _ in batch]),
             }
             y, h, c = self._session.run(None, feeds)
-            answers = [(future, (y[i].tobytes(), (h[i], c[i]))) for i, (_, _, future) in enumerate(batch)]
+            answers = [(future, (y[i, : len(x)].tobytes(), (h[i], c[i]))) for i, (x, _, future) in enumerate(batch)]
             self._loop.call_soon_threadsafe(self._give, answers)
 
     def _give(self, answers: list[tuple[asyncio.Future[Any], Any]]) -> None:
@@ -63,8 +64,19 @@ class Batcher:
                 future.set_result(answer)
 
 
-async def serve(file: Path, features: int) -> None:
-    batcher = Batcher(file, asyncio.get_running_loop())
+def _stack(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows `[frames, features]` as one batch, padded where they differ in length, and their lengths."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    if (lengths == lengths[0]).all():
+        return np.stack(rows), lengths
+    batch = np.zeros((len(rows), lengths.max(), rows[0].shape[1]), np.float32)
+    for target, row in zip(batch, rows, strict=True):
+        target[: len(row)] = row
+    return batch, lengths
+
+
+async def serve(graph: Path, features: int) -> None:
+    batcher = Batcher(graph, asyncio.get_running_loop())
 
     async def stream(requests: AsyncIterator[bytes], _context: Any) -> AsyncIterator[bytes]:
         state = (batcher.zeros, batcher.zeros)
@@ -77,7 +89,7 @@ async def serve(file: Path, features: int) -> None:
 
 def main() -> None:
     given = arguments().parse_args()
-    uvloop.run(serve(given.models / given.model / "1" / "model.onnx", SIZES[given.model][0]))
+    uvloop.run(serve(given.graph, SIZES[given.model][0]))
 
 
 if __name__ == "__main__":
