@@ -58,6 +58,6 @@ class Environment:
 TRITON = Environment("pytriton", ("nvidia-pytriton==0.7.0",))
 RAY_SERVE = Environment("ray_serve", ("ray[serve]==2.60.0",))
 MLSERVER = Environment("mlserver", ("mlserver==1.7.1",))
-TORCHSERVE = Environment("torchserve", ("torchserve==0.12.0", "setuptools<81"), torch=True)
+TORCHSERVE = Environment("torchserve", ("torchserve==0.12.0", "pyyaml"), torch=True)
 BENTOML = Environment("bentoml", ("bentoml==1.4.39",))
 LITSERVE = Environment("litserve", ("litserve==0.2.19",))

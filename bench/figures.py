@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import names, tables
-from bench.results import FOLDER, Results
+from bench.findings import FOLDER, Results
 from bench.sizes import COMPARED
 
 _ROOT = Path(__file__).parents[1]

@@ -6,12 +6,13 @@ Each is made in an environment of its own; one that cannot be had, or fails, is 
 import torch
 from bench import lineup
 from bench.arguments import arguments, changed
+from bench.findings import FOLDER
 from bench.models import export_all
 from bench.peers.installed import INSTALLED
 from bench.plan import Options, Plan
-from bench.results import FOLDER
 from bench.show import show
 from bench.sizes import COMPARED
+from bench.tables import closed, raw, starts
 from bench.trials import Bench
 
 _OPTIONS = Options(sessions=(1, 32, 128), rounds=2, seconds=1.0)
@@ -36,7 +37,7 @@ def main() -> None:
     bench.run(plan.closed(), options.rounds)
     results = plan.results(bench, notes)
     results.save(given.out or FOLDER / "peers.json")
-    show(results)
+    show(results, [raw(results), *(closed(results, model) for model in COMPARED), starts(results)])
 
 
 if __name__ == "__main__":

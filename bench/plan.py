@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from bench import lineup, machine, names, references
 from bench.client.phase import Phase
+from bench.findings import Point, Results
 from bench.models import Exported
-from bench.results import Point, Results
 from bench.servers import Peer
 from bench.sizes import COMPARED, FRAMES
 from bench.trials import Bench, Trial

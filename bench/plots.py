@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import names
-from bench.results import Point, Results
+from bench.findings import Point, Results
 from bench.sizes import COMPARED
 
 from carousel_export.charts import Axis, Chart, Line

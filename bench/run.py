@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from bench import lineup, names, plots
 from bench.arguments import arguments, changed
+from bench.findings import FOLDER, Results
 from bench.models import export_all
 from bench.peers.triton.server import Settings
 from bench.plan import QUICK, Options, Plan
-from bench.results import FOLDER, Results
 from bench.show import show
 from bench.sizes import COMPARED
+from bench.tables import everything
 from bench.targets import targets
 from bench.trials import Bench
 
@@ -45,7 +46,7 @@ def main() -> None:
     results = run(options, given.models)
     results.save(out)
     plots.write(results, out.parent)
-    show(results)
+    show(results, everything(results))
     print(f"results  {out}")
 
 

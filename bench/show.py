@@ -1,7 +1,9 @@
 """The results on the terminal."""
 
-from bench.results import Results
-from bench.tables import everything
+from collections.abc import Iterable
+
+from bench.findings import Results
+from bench.tables import Table as Text
 from rich.console import Console
 from rich.table import Table
 
@@ -9,9 +11,9 @@ from rich.table import Table
 _WIDTH = 140
 
 
-def show(results: Results) -> None:
+def show(results: Results, shown: Iterable[Text]) -> None:
     console = Console(width=max(_WIDTH, Console().width))
-    for each in everything(results):
+    for each in shown:
         table = Table(title=each.title, title_justify="left")
         for number, column in enumerate(each.columns):
             table.add_column(column, justify="left" if number < each.words else "right", no_wrap=True)

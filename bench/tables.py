@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench import names
+from bench.findings import Point, Results
 from bench.names import OWN
-from bench.results import Point, Results
 from bench.sizes import COMPARED
 from bench.targets import idle_bytes, targets
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bench import names
+from bench.findings import Point, Results
 from bench.names import OWN, SHARED
-from bench.results import Point, Results
 
 _AHEAD = 1.15 * (8 + 8) / 8
 

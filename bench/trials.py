@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.client.phase import Phase
+from bench.findings import Point
 from bench.models import Exported
 from bench.raw import Raw, RawFigures
-from bench.results import Point
 from bench.servers import Peer, PeerError, running
 
 
@@ -35,7 +35,7 @@ class Bench:
     def run(self, trials: Sequence[Trial], rounds: int) -> None:
         """Every round appends one measurement to each trial's point.
 
-        An optional peer that fails is noted and left out of that round; raises `PeerError` for any other.
+        An optional peer that fails is noted and left out from then on; raises `PeerError` for any other.
         """
         for turn in range(rounds):
             for model in dict.fromkeys(trial.phase.model for trial in trials):
@@ -47,13 +47,16 @@ class Bench:
                     self._visit(peer, [trial for trial in mine if trial.peer.name == peer.name], raw)
 
     def _visit(self, peer: Peer, trials: Sequence[Trial], raw: RawFigures) -> None:
+        if peer.name in self.notes:
+            return
         try:
             with running(peer) as server:
                 found = server.measure([trial.phase for trial in trials])
         except PeerError as error:
             if not peer.optional:
                 raise
-            self.notes[peer.name] = f"failed in a round: {' '.join(str(error).split())[-300:]}"
+            said = " ".join(str(error).split())[-300:]
+            self.notes[peer.name] = f"left out from model {trials[0].phase.model} on, where it failed: {said}"
             self._say(self.notes[peer.name])
             return
         self.starts.setdefault(peer.name, []).append(server.start_s)
