@@ -99,7 +99,7 @@ class SessionTensor(Inference):
 class Http:
     """POST on a kept-alive connection; hand-written, for that costs the client least.
 
-    The body is a chunk's bytes, and the path has the session.
+    The body is a chunk's bytes, and a header has the session.
     """
 
     def __init__(self, target: str, path: str, chunks: list[bytes], number: int) -> None:
@@ -113,12 +113,13 @@ class Http:
 
     async def send(self, index: int) -> None:
         chunk = self._chunks[(self._number + index) % len(self._chunks)]
-        self._post(f"{self._path}?session={self._id}", "application/octet-stream", chunk)
+        self._post("application/octet-stream", chunk)
         await self._writer.drain()
 
-    def _post(self, path: str, kind: str, body: bytes) -> None:
+    def _post(self, kind: str, body: bytes) -> None:
         head = (
-            f"POST {path} HTTP/1.1\r\nHost: {self._host}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+            f"POST {self._path} HTTP/1.1\r\nHost: {self._host}\r\nX-Session: {self._id}\r\n"
+            f"Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         self._writer.write(head.encode() + body)
 
@@ -146,7 +147,7 @@ class Json(Http):
     async def send(self, index: int) -> None:
         frames = self._chunks[(self._number + index) % len(self._chunks)]
         body = b'{"session":%d,"frames":"%s"}' % (self._id, frames)
-        self._post(self._path, "application/json", b'{"chunks":[%s]}' % body if self.listed else body)
+        self._post("application/json", b'{"chunks":[%s]}' % body if self.listed else body)
         await self._writer.drain()
 
     async def receive(self) -> bytes:

@@ -20,7 +20,7 @@ class Chunks:
         return self._sessions.answer([number for number, _ in asked], [chunk for _, chunk in asked])
 
     async def __call__(self, request: Request) -> Response:
-        return Response(await self._answer((int(request.query_params["session"]), await request.body())))
+        return Response(await self._answer((int(request.headers["x-session"]), await request.body())))
 
 
 def main() -> None:

@@ -13,5 +13,5 @@ def handle(data: list[dict[str, Any]] | None, context: Any) -> list[bytes] | Non
         _sessions.append(Sessions(context.model_yaml_config["graph"]))
     if data is None:
         return None
-    ids = [int(bytes(asked["session"])) for asked in data]
+    ids = [int(context.get_request_header(number, "X-Session")) for number in range(len(data))]
     return _sessions[0].answer(ids, [asked["body"] for asked in data])
