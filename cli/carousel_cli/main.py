@@ -5,9 +5,9 @@ import os
 
 import click
 
-from carousel_cli.settings import Settings, flag_of
+from carousel_cli.settings import Settings, flag_of, options_of
 
-COMMANDS = ("export", "import", "inspect", "verify", "serve", "stream", "token", "tune", "doctor")
+COMMANDS = ("export", "import", "inspect", "verify", "serve", "sessions", "stream", "token", "tune", "doctor")
 
 
 class Carousel(click.Group):
@@ -21,9 +21,8 @@ class Carousel(click.Group):
             return None
         module = "import_" if cmd_name == "import" else cmd_name  # Python has that word for itself
         command: click.Command = importlib.import_module(f"carousel_cli.commands.{module}").command
-        for param in command.params:
-            if isinstance(param, click.Option):
-                param.envvar = "CAROUSEL_" + flag_of(param).upper().replace("-", "_")
+        for option in options_of(command):
+            option.envvar = "CAROUSEL_" + flag_of(option).upper().replace("-", "_")
         return command
 
 

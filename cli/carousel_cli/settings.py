@@ -15,6 +15,14 @@ def flag_of(option: click.Option) -> str:
     return next(name for name in option.opts if name.startswith("--"))[2:]
 
 
+def options_of(command: click.Command) -> list[click.Option]:
+    """The options of a command, and of its subcommands where it has some."""
+    options = [param for param in command.params if isinstance(param, click.Option)]
+    if isinstance(command, click.Group):
+        options += [option for below in command.commands.values() for option in options_of(below)]
+    return options
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a config file says: subcommand → parameter → value, as click's `default_map` takes it."""
@@ -35,12 +43,14 @@ class Settings:
                 raise click.UsageError(f"{path} has an unknown table [{name}]{_near(name, commands)}")
             if not isinstance(table, dict):
                 raise click.UsageError(f"{path}: {name} must be a table, written [{name}]")
-            defaults[name] = _parameters(path, name, table, command)
+            values = _parameters(path, name, table, command)
+            # What stands in a group's table is for each of its subcommands that has such a flag.
+            defaults[name] = dict.fromkeys(command.commands, values) if isinstance(command, click.Group) else values
         return cls(defaults)
 
 
 def _parameters(path: str, name: str, table: dict[str, Any], command: click.Command) -> dict[str, Any]:
-    options = {flag_of(param): param for param in command.params if isinstance(param, click.Option)}
+    options = {flag_of(option): option for option in options_of(command)}
     values = {}
     for key, value in table.items():
         if key not in options:

@@ -5,7 +5,9 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from tests.durability.models import export_all
 from tests.support.redis_server import RedisServer
+from tests.support.shared import make_once
 
 from carousel_server.store.memory import MemoryStore, Shelf
 from carousel_server.store.open_store import open_store
@@ -73,3 +75,9 @@ async def opened(new_space: Callable[[], Open]) -> AsyncIterator[Open]:
 @pytest.fixture
 def store(opened: Open) -> Store:
     return opened()
+
+
+@pytest.fixture(scope="session")
+def durable_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models folder with what `export_all` makes."""
+    return make_once(tmp_path_factory, "durable", export_all)

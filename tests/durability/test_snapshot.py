@@ -5,15 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.client.conftest import Mixer
-from tests.support.models import Tagger, make
-from tests.support.shared import make_once
-from torch import nn
 
-import carousel_export as cx
 from carousel_protos import Bundle
 from carousel_server.config import Limits
 from carousel_server.engine.events import Event, Result
@@ -26,19 +20,6 @@ from carousel_server.engine.session import Session
 LIMITS = Limits(max_sessions=1000, max_block_frames=5)
 
 
-class Conditioned(nn.Module):
-    """`[batch, time, 4]` and a context `[batch, 3]` → `[batch, time, 2]`: one GRU, whose state is one tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gru = nn.GRU(7, 6, batch_first=True)
-        self.linear = nn.Linear(6, 2)
-
-    def forward(self, x: torch.Tensor, speaker: torch.Tensor) -> torch.Tensor:
-        seen = torch.cat([x, speaker[:, None].expand(-1, x.shape[1], -1)], dim=-1)
-        return self.linear(self.gru(seen)[0])
-
-
 @dataclass
 class Collector:
     events: list[Event] = field(default_factory=list)
@@ -48,29 +29,14 @@ class Collector:
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
-    """A bidirectional LSTM, a GRU with a context, and two inputs with a second output for the whole sequence."""
+def pairs(durable_models: Path) -> dict[str, tuple[Model, Model]]:
+    """Each model loaded twice, as two servers have it."""
 
-    def make_models(folder: Path) -> None:
-        torch.manual_seed(3)
-        cx.export(make(Tagger), torch.randn(3, 6, 5), name="tagger", out=folder, policy=cx.Lookahead(block=4, ahead=2))
-        cx.export(make(Conditioned), (torch.randn(3, 6, 4), torch.randn(3, 3)), name="conditioned", out=folder)
-        example = (torch.randn(6, 3, 4), torch.randint(0, 6, (6, 3)))
-        names = {"input_names": ["x", "ids"], "output_names": ["frames", "summary"]}
-        cx.export(make(Mixer), example, name="mixer", out=folder, **names)
-
-    folder = make_once(tmp_path_factory, "snapshot", make_models)
-    return {name: Bundle.open(folder / name / "1") for name in ("tagger", "conditioned", "mixer")}
-
-
-@pytest.fixture(scope="module")
-def pairs(bundles: dict[str, Bundle]) -> dict[str, tuple[Model, Model]]:
-    """Each bundle loaded twice, as two servers have it."""
-
-    def load(bundle: Bundle) -> Model:
+    def load(name: str) -> Model:
+        bundle = Bundle.open(durable_models / name / "1")
         return Model(bundle.manifest, load_runtimes(bundle, device="cpu", threads=1), LIMITS)
 
-    return {name: (load(bundle), load(bundle)) for name, bundle in bundles.items()}
+    return {name: (load(name), load(name)) for name in POLICIES}
 
 
 def frames_of(name: str, count: int, seed: int) -> dict[str, np.ndarray]:

@@ -14,16 +14,27 @@ from carousel_client.connection import Connection, Settings
 from carousel_client.errors import DeadlineExceeded
 from carousel_client.feeder import Feeder
 from carousel_client.policies import Policy, from_message
-from carousel_client.requests import MAX_MESSAGE_BYTES, RESUME_TIMEOUT_S, SessionOptions, infer_request
+from carousel_client.requests import (
+    MAX_MESSAGE_BYTES,
+    RESUME_TIMEOUT_S,
+    SessionOptions,
+    drop_request,
+    infer_request,
+    put_request,
+)
 from carousel_client.signature import Answer
 from carousel_protos.v1.carousel_pb2 import (
     Chunk,
+    ForkRequest,
     GetModelRequest,
     GetModelResponse,
+    GetStateRequest,
     ListModelsRequest,
+    ListSessionsRequest,
     LoadModelRequest,
     ModelStatus,
     Result,
+    SessionInfo,
     UnloadModelRequest,
 )
 
@@ -127,6 +138,57 @@ class Client:
         request = infer_request(signature, inputs, lengths, version, variant, self._connection.max_message_bytes)
         response = self._connection.unary(self._connection.stub.Infer, request, timeout)
         return self._connection.signature(model, response.version, timeout).decode_batch(response)
+
+    def get_state(self, session_id: str, *, timeout: float | None = None) -> bytes:
+        """A session's state as of the chunk that was answered last; the session goes on meanwhile.
+
+        The bytes are versioned and checksummed, and hold a user's data: h and c, frames that wait, the last answers.
+        """
+        request = GetStateRequest(session_id=session_id)
+        return self._connection.unary(self._connection.stub.GetState, request, timeout).state
+
+    def put_state(
+        self,
+        state: bytes,
+        *,
+        session_id: str = "",
+        version: str = "",
+        move: bool = False,
+        timeout: float | None = None,
+    ) -> SessionInfo:
+        """A new session that goes on from a state that `get_state` gave, of this server or another one.
+
+        `session(…, session_id=…, resume=True)` takes it up. `session_id` "" is the one that it had, which must be free
+        here; under another one it is a branch. `version` "" is the one that it was on. `move` takes the state to a
+        version with other weights and the same tensors; without it that is `FailedPrecondition`. Raises
+        `InvalidArgument` for bytes that were changed.
+        """
+        request = put_request(state, session_id, version, move, self._connection.max_message_bytes)
+        return self._connection.unary(self._connection.stub.PutState, request, timeout).session
+
+    def fork(self, session_id: str, *, new_id: str = "", timeout: float | None = None) -> SessionInfo:
+        """A second session that goes on from the chunk that one answered last, and knows nothing of it afterwards.
+
+        `session(…, session_id=…, resume=True)` takes it up. `new_id` "" is a random one.
+        """
+        request = ForkRequest(session_id=session_id, new_session_id=new_id)
+        return self._connection.unary(self._connection.stub.Fork, request, timeout).session
+
+    def sessions(self, *, model: str = "", timeout: float | None = None) -> list[SessionInfo]:
+        """This client's own sessions on the server, by id; `model` "" is every one's. `timeout` bounds each page."""
+        found: list[SessionInfo] = []
+        request = ListSessionsRequest(model=model)
+        while True:
+            page = self._connection.unary(self._connection.stub.ListSessions, request, timeout)
+            found.extend(page.sessions)
+            if not page.next_page_token:
+                return found
+            request.page_token = page.next_page_token
+
+    def drop(self, session_id: str, *, timeout: float | None = None) -> None:
+        """Close a session, whoever holds it. Raises `NotFound` for one that is not there."""
+        state = self._connection.open(drop_request(session_id))
+        _wait(self._connection.end(state), timeout, f"session {session_id} was not closed")
 
     def models(self, *, timeout: float | None = None) -> list[ModelStatus]:
         """Every model and version that the server has, loaded or not."""

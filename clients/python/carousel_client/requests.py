@@ -8,7 +8,7 @@ from carousel_client.errors import FailedPrecondition, ResourceExhausted, Unavai
 from carousel_client.policies import Policy, to_message
 from carousel_client.session_state import new_session_id
 from carousel_client.signature import Signature
-from carousel_protos.v1.carousel_pb2 import GetModelResponse, InferRequest, ModelState, Open
+from carousel_protos.v1.carousel_pb2 import GetModelResponse, InferRequest, ModelState, Open, PutStateRequest
 
 # What a server takes by default.
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
@@ -80,3 +80,18 @@ def infer_request(
             "here and on the server"
         )
     return request
+
+
+def put_request(state: bytes, session_id: str, version: str, move: bool, max_message_bytes: int) -> PutStateRequest:
+    """Raises `ResourceExhausted` for a state over the limit."""
+    request = PutStateRequest(state=state, session_id=session_id, version=version, move=move)
+    if (size := request.ByteSize()) > max_message_bytes:
+        raise ResourceExhausted(
+            f"a state of {size} bytes is over max_message_bytes ({max_message_bytes}); raise it here and on the server"
+        )
+    return request
+
+
+def drop_request(session_id: str) -> Open:
+    """Takes a session up, so that it can be closed."""
+    return Open(session_id=session_id, resume=True)
