@@ -99,7 +99,7 @@ def drop_session(session_id: str, server: ServerOptions) -> None:
 @contextmanager
 def _client(server: ServerOptions) -> Iterator[cc.Client]:
     try:
-        with server.connect() as client:
+        with server.connect(resume_timeout=0) as client:
             yield client
     except cc.CarouselError as error:
         raise click.ClickException(str(error)) from error
