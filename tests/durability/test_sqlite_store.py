@@ -78,15 +78,15 @@ async def test_a_file_that_another_process_locks(tmp_path: Path) -> None:
 
 
 async def test_calls_that_wait_are_bounded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Behind a file that stays locked no more than a bounded number of calls waits; the next is refused at once."""
-    store = SqliteStore(tmp_path / "sessions.db", timeout_s=0.5)
-    with sqlite3.connect(tmp_path / "sessions.db", isolation_level=None) as other:
-        other.execute("BEGIN IMMEDIATE")
-        answers = await asyncio.gather(*(store.claim("s") for _ in range(1030)), return_exceptions=True)
-        other.execute("ROLLBACK")
-    other.close()
-    assert 0 < caplog.text.count("1024 calls wait already") <= 6
+    """Behind a disk that hangs no more than a bounded number of calls waits; the next are refused at once."""
+    store = SqliteStore(tmp_path / "sessions.db", timeout_s=0.2)
+    disk = threading.Event()
+    store._thread.submit(disk.wait)
+    answers = await asyncio.gather(*(store.claim("s") for _ in range(1030)), return_exceptions=True)
     assert all(isinstance(answer, StoreError) for answer in answers)
+    assert caplog.text.count("1024 calls wait already") == 6
+    disk.set()
+    await asyncio.wrap_future(store._thread.submit(disk.is_set))
     assert await store.commit(BATCH) == set()
     await store.close()
 
