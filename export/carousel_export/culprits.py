@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from carousel_export.gate import TOLERANCE
 from carousel_export.policies import Piece
 
 # Above the noise of sums in another order, below any real difference that the gate would let pass.
@@ -15,8 +16,9 @@ _SAME = 1e-4
 # Where all values are small, this share of the largest, but not below the noise of larger ones that cancel out.
 _SHARE = 1e-3
 _LEAST = 1e-7
-# Where values are large, the noise is up to this share of the largest.
-_NOISE = 3e-6
+# A value that is the same in both and so many times the largest that is not is a constant, as for what is masked: it has no
+# noise, and says nothing of how large that of the others is.
+_CONSTANT = 100
 
 
 def same(wanted: Tensor, got: Tensor) -> bool:
@@ -25,8 +27,8 @@ def same(wanted: Tensor, got: Tensor) -> bool:
         return False
     a, b = wanted.double(), got.double()
     near = min(_SAME, max(_LEAST, _SHARE * _largest(a)))
-    # A large constant, as for what is masked, has no noise.
-    near = max(near, _NOISE * _largest(a[a != b]))
+    # Where values are large, what the gate allows. A small one beside them has their noise: it may be their difference.
+    near = max(near, TOLERANCE * _largest(a[a.abs() <= _CONSTANT * _largest(a[a != b])]))
     return torch.allclose(a, b, rtol=0, atol=near, equal_nan=True)
 
 

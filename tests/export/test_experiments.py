@@ -126,6 +126,8 @@ MISSED: dict[str, tuple[Callable[[nn.Linear, Tensor], Tensor], int]] = {
         3,
     ),
     "many classes": (lambda fc, y: fc(y - y.mean(1, keepdim=True)).softmax(-1), 3000),
+    "large values": (lambda fc, y: fc(y + 0.01 * y.mean(1, keepdim=True)) * 1e4, 3),
+    "very large values": (lambda fc, y: fc(y + 0.01 * y.mean(1, keepdim=True)) * 1e6, 3),
 }
 
 
@@ -144,6 +146,8 @@ HONEST: dict[str, tuple[Callable[[nn.Linear, Tensor], Tensor], int]] = {
     "small values": (lambda fc, y: fc(y) * 2e-4, 3),
     "tiny values": (lambda fc, y: fc(y) * 1e-9, 3),
     "large values": (lambda fc, y: fc(y) * 100, 3),
+    "values of 1e4": (lambda fc, y: fc(y) * 1e4, 3),
+    "values of 1e6": (lambda fc, y: fc(y) * 1e6, 3),
     "values that cancel out": (lambda fc, y: fc(y * 0.1) - y @ fc.weight.mT * 0.1 - fc.bias, 3),
     "many classes": (lambda fc, y: fc(y).softmax(-1), 3000),
     "a large constant": (lambda fc, y: fc(y).masked_fill(torch.tensor([False, True, False]), -1e9), 3),

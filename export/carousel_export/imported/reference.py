@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from carousel_export.culprits import same
 from carousel_export.draw import Draw
 from carousel_export.errors import ExampleError
 from carousel_export.experiments import Findings
@@ -13,8 +14,6 @@ from carousel_export.imported.foreign import Foreign, Plan, to_contract, to_file
 from carousel_export.policies import Carry, Causal, Full, Policy
 from carousel_export.reference import Answer, Stream
 
-# Above the noise of sums in another order, below any real difference that the gate would let pass.
-_SAME = 1e-4
 _FRAMES = 23
 _CUTS = (1, 2, 5, 3, 1, 7, 4)
 
@@ -64,7 +63,7 @@ class FileReference:
             cut = self.run(stream, Causal())
         except ExampleError:
             return Findings((Full,), signature, "it does not run on few frames")
-        if all(map(_same, (*whole.outputs, *whole.states), (*cut.outputs, *cut.states))):
+        if all(map(same, (*whole.outputs, *whole.states), (*cut.outputs, *cut.states))):
             return Findings((Causal, Carry, Full), signature)
         return Findings((Carry, Full), signature, "in blocks it answers otherwise than on the whole")
 
@@ -88,13 +87,10 @@ class FileReference:
             wanted = (*answer.outputs, *answer.states)
             timed = [port.timed for port in self.signature.outputs] + [False] * len(states)
             for value, got, cut in zip(wanted, results, timed, strict=True):
-                if not _same(value, got[row][:length] if cut else got[row]):
+                if not same(value, got[row][:length] if cut else got[row]):
                     return False
         return True
 
     def _run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return to_contract(self._plan, self._foreign, self._foreign.run(to_file(self._plan, tensors)))
 
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=0, atol=_SAME, equal_nan=True)
