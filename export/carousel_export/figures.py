@@ -32,15 +32,18 @@ def measure(eager: Eager, signature: Signature, example: Sequence[Tensor]) -> Fi
     """
     frames = _frames(signature, example)
     recurrent: Counter[str] = Counter()
+    counted = 0
     counter = FlopCounterMode(display=False)
 
     def count(call: str, module: Layer, x: Tensor, hx: States | None) -> tuple[Tensor, States]:
+        nonlocal counted
         # Which kernels a layer runs on is the host's affair: what it took is replaced by what its weights say.
         before = counter.get_total_flops()
         answer = run_layer(module, x, hx)
         weights = sum(each.numel() for name, each in module.named_parameters() if name.startswith("weight"))
         steps = x.numel() // x.shape[-1]
-        recurrent[call] += 2 * weights * steps - (counter.get_total_flops() - before)
+        recurrent[call] += 2 * weights * steps
+        counted += counter.get_total_flops() - before
         return answer
 
     with counter:
@@ -49,7 +52,7 @@ def measure(eager: Eager, signature: Signature, example: Sequence[Tensor]) -> Fi
     return Figures(
         parameters=_count(parameters.values()),
         trainable=_count(p for name, p in parameters.items() if name in eager.trainable),
-        flops=round((counter.get_total_flops() + recurrent.total()) / frames),
+        flops=round((counter.get_total_flops() - counted + recurrent.total()) / frames),
         layers=tuple(_layers(eager, signature, {call: round(n / frames) for call, n in recurrent.items()})),
     )
 

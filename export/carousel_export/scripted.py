@@ -7,15 +7,21 @@ import torch
 from torch import Tensor, nn
 
 from carousel_export.signature import Signature
-from carousel_export.step import Step, frame_of
+from carousel_export.step import frame_of
 
 
-def repeated(step: Step, signature: Signature, example: Sequence[Tensor]) -> nn.Module:
-    """The step over time by the graph contract, for a trace; `example` are the contract's inputs."""
+def repeated(step: nn.Module, signature: Signature, example: Sequence[Tensor]) -> nn.Module:
+    """A step over time by the graph contract, for a trace; `example` are the contract's inputs.
+
+    `step` takes the inputs of one frame `[batch, …]`, contexts and states, and returns outputs and states.
+    """
     count = len(signature.inputs)
     tensors = frame_of(example, signature)
     traced = torch.jit.trace(  # type: ignore[no-untyped-call]
-        _Listed(step).eval(), (tensors[:count], tensors[count:]), check_trace=False, strict=False
+        _Listed(step, len(signature.outputs)).eval(),
+        (tensors[:count], tensors[count:]),
+        check_trace=False,
+        strict=False,
     )
     return _Contract(torch.jit.script(_Loop(traced).eval()), signature).eval()
 
@@ -23,10 +29,10 @@ def repeated(step: Step, signature: Signature, example: Sequence[Tensor]) -> nn.
 class _Listed(nn.Module):
     """A step with lists for its tensors, whatever their number."""
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: nn.Module, outputs: int) -> None:
         super().__init__()
         self.step = step
-        self.outputs = len(step.lifted.signature.outputs)
+        self.outputs = outputs
 
     def forward(self, frames: list[Tensor], rest: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         results = self.step(*frames, *rest)
@@ -47,8 +53,11 @@ class _Loop(nn.Module):
         for i in range(inputs[0].size(1)):
             outputs, after = self.step([x[:, i] for x in inputs], contexts + states)
             frames.append(outputs)
-            running = (lengths > i).reshape(-1, 1, 1)
-            states = [torch.where(running, new, old) for new, old in zip(after, states)]  # noqa: B905 - TorchScript's
+            running = lengths > i
+            states = [
+                torch.where(running.reshape([-1] + [1] * (new.dim() - 1)), new, old)
+                for new, old in zip(after, states)  # noqa: B905 - TorchScript's
+            ]
         return [torch.stack([outputs[k] for outputs in frames], 1) for k in range(len(frames[0]))], states
 
 

@@ -171,6 +171,45 @@ async def test_one_frame_a_call(tmp_path: Path) -> None:
     np.testing.assert_allclose(got, torch.stack(wanted), rtol=0, atol=1e-6)
 
 
+class Cell(nn.Module):
+    """One frame [batch, 5], and states [batch, 4]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(5, 4)
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h, c = self.cell(x, (h, c))
+        return self.linear(h), h, c
+
+
+@pytest.mark.system("16", "a TorchScript file that takes one frame a call, likewise")
+async def test_one_frame_a_call_in_torchscript(tmp_path: Path) -> None:
+    """A TorchScript file without a time axis streams chunks of any length, equal to calling it frame by frame."""
+    torch.manual_seed(0)
+    model = Cell().eval()
+    file = script(tmp_path / "cell.pt", model)
+    dims = {"x": "5", "h": "4", "c": "4"}
+    bundle = cx.import_model(
+        file,
+        name="cell",
+        out=tmp_path / "models",
+        inputs={name: (torch.float32, ("batch", size)) for name, size in dims.items()},
+        states={"h": "output_1", "c": "output_2"},
+    )
+    assert bundle.manifest.ragged
+    assert bundle.manifest.default_policy.kind == pb.POLICY_KIND_CAUSAL
+    assert all(case.ok for case in replay(bundle.path, runtime="torchscript"))
+    x, h, c, wanted = torch.randn(20, 5), torch.zeros(1, 4), torch.zeros(1, 4), []
+    with torch.no_grad():
+        for frame in x:
+            y, h, c = model(frame[None], h, c)
+            wanted.append(y[0])
+    got = await stream(tmp_path / "models", "cell", x.numpy(), [3, 1, 9], runtime="torchscript")
+    np.testing.assert_allclose(got, torch.stack(wanted), rtol=0, atol=1e-6)
+
+
 class Ragged(nn.Module):
     """Lengths of its own, by which padding is kept out."""
 
@@ -213,8 +252,9 @@ class Two(nn.Module):
         return y, h, c
 
 
-def test_what_is_not_clear_is_asked_for(tmp_path: Path) -> None:
+def test_what_is_not_clear_is_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Two states that could be either way round are one line with the flags to give; told so, they are right."""
+    caplog.set_level("INFO", "carousel_export")
     torch.manual_seed(0)
     model = Two().eval()
     file = script(tmp_path / "two.pt", model)
@@ -234,6 +274,8 @@ def test_what_is_not_clear_is_asked_for(tmp_path: Path) -> None:
         file, name="wrong", out=tmp_path / "models", inputs=inputs, states={"a": "output_2", "b": "output_1"}
     )
     assert wrong.manifest.default_policy.kind == pb.POLICY_KIND_FULL
+    said = "wrong allows carry, full only: in blocks it answers otherwise than on the whole"
+    assert said in caplog.messages
 
 
 def test_bad_files_are_one_line(tmp_path: Path) -> None:

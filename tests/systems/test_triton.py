@@ -124,6 +124,28 @@ def test_config_says_what_the_graph_is(tmp_path: Path, kind: str) -> None:
     assert not [path for path in (tmp_path / kind).iterdir() if path.name.startswith(".")]
 
 
+class Nested(nn.Module):
+    """A layer, and one in it under the name of the other's state: the names' order is not that of the outputs'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(5, 4, batch_first=True)
+        self.rnn.h_0 = nn.GRU(4, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn.h_0(self.rnn(x)[0])[0]
+
+
+def test_pairs_stand_at_the_same_place_by_name(tmp_path: Path) -> None:
+    """Triton pairs the nth state input by name with the nth output by name, so that another order is refused."""
+    bundle = cx.export(Prefixes().eval(), torch.randn(3, 6, 5), name="prefixes", out=tmp_path, triton=True)
+    pairs = [(state.input, state.output) for state in bundle.manifest.states]
+    assert list(zip(*map(sorted, zip(*pairs, strict=True)), strict=True)) == sorted(pairs)
+    with pytest.raises(cx.ExportError, match=r"order of their names, .* \(rnn.h_0, rnn.h_0.h_0\) .*; rename the layer"):
+        cx.export(Nested().eval(), torch.randn(3, 6, 5), name="nested", out=tmp_path, triton=True)
+    assert not (tmp_path / "nested").exists()
+
+
 class Last(nn.Module):
     """One answer for the sequence, with a backward direction: right under full alone."""
 
@@ -135,8 +157,22 @@ class Last(nn.Module):
         return self.lstm(x)[0][:, -1]
 
 
+class Learned(nn.Module):
+    """Starts from a state that it learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(5, 4, batch_first=True)
+        self.start = nn.Parameter(torch.ones(1, 1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gru(x, self.start.expand(1, x.shape[0], 4).contiguous())[0]
+
+
 def test_what_triton_cannot_serve_is_refused(tmp_path: Path) -> None:
-    """A model that may not carry its state, and a version that is no number, are one line each and no bundle."""
+    """A model that may not carry its state or learned its start, and a version that is no number: a line, no bundle."""
+    with pytest.raises(cx.ExportError, match="'gru.h_0' starts from values of the model's own"):
+        cx.export(Learned().eval(), torch.randn(2, 6, 5), name="learned", out=tmp_path, triton=True)
     with pytest.raises(cx.PolicyError, match="right under full alone; leave out --triton"):
         cx.export(Last().eval(), torch.randn(2, 6, 5), name="last", out=tmp_path, triton=True)
     with pytest.raises(cx.ExportError, match="version 'a' is no number, which Triton wants"):

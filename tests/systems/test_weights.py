@@ -124,6 +124,17 @@ def test_tied_weights_are_written_once(tmp_path: Path) -> None:
     assert shapes.count((1, 24, 6)) == 4
 
 
+class Only(nn.Module):
+    """A layer's output."""
+
+    def __init__(self, rnn: nn.RNNBase) -> None:
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x)[0]
+
+
 class Wide(nn.Module):
     """A bidirectional and a plain LSTM and a linear layer, of sizes that tell them apart."""
 
@@ -151,3 +162,11 @@ def test_figures_of_layers(tmp_path: Path) -> None:
     assert one.flops_per_frame == 2 * 4 * 4 * (14 + 4)
     assert manifest.flops_per_frame == both.flops_per_frame + one.flops_per_frame + 2 * 4 * 3
     assert manifest.parameters == both.parameters + one.parameters + 15
+
+
+@pytest.mark.parametrize(("kind", "gates"), [(nn.GRU, 3), (nn.RNN, 1)])
+def test_flops_of_any_layer(tmp_path: Path, kind: type[nn.RNNBase], gates: int) -> None:
+    """A layer's FLOPs are those of its weights, whichever kernels the host runs it on."""
+    model = Only(kind(5, 4, batch_first=True)).eval()
+    manifest = cx.export(model, torch.randn(3, 6, 5), name="only", out=tmp_path).manifest
+    assert manifest.layers[0].flops_per_frame == manifest.flops_per_frame == 2 * gates * 4 * (5 + 4)

@@ -93,4 +93,3 @@ class FileReference:
 
     def _run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return to_contract(self._plan, self._foreign, self._foreign.run(to_file(self._plan, tensors)))
-

@@ -14,6 +14,7 @@ from carousel_export.errors import ExampleError, GraphError, ModelError, one_lin
 from carousel_export.graph import input_dims
 from carousel_export.imported.foreign import Plan, Scalar, Value, to_contract, to_file
 from carousel_export.quiet import quiet
+from carousel_export.scripted import repeated
 from carousel_export.signature import BATCH, LENGTHS, TIME, Dims
 from carousel_export.torchscript import TORCHSCRIPT
 
@@ -83,16 +84,17 @@ class TorchFile:
 
     def write(self, folder: Path, plan: Plan) -> tuple[str, ...]:
         """Write model.pt: the file's own module behind a forward by the contract."""
-        if plan.stepwise:
+        if plan.stepwise and plan.lengths is not None:
             raise GraphError(
-                f"{self.path.name} takes one frame a call, which a trace cannot repeat for any number; import "
-                "its ONNX, or script a forward with a loop over time"
+                f"{plan.lengths[0]!r} counts frames of a file that takes one a call; give it with --constant"
             )
+        example = _example(plan)
         try:
             with quiet(), torch.no_grad():
-                traced = torch.jit.trace(  # type: ignore[no-untyped-call]
-                    _Contract(self, plan), tuple(_example(plan)), check_trace=False
-                )
+                module: nn.Module = _Contract(self, plan)
+                if plan.stepwise:
+                    module = repeated(_Frame(module), plan.signature, example)
+                traced = torch.jit.trace(module, tuple(example), check_trace=False)  # type: ignore[no-untyped-call]
                 torch.jit.save(traced, folder / TORCHSCRIPT)
         except Exception as error:
             raise GraphError(
@@ -109,11 +111,26 @@ class _Contract(nn.Module):
         super().__init__()
         self.imported = file._module  # noqa: SLF001 - a submodule, so that it is saved with this one
         self._file = file
-        self._plan = plan
+        self.plan = plan
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        results = pytree.tree_leaves(self._file.call(to_file(self._plan, tensors)))
-        return tuple(to_contract(self._plan, self._file, results))
+        results = pytree.tree_leaves(self._file.call(to_file(self.plan, tensors)))
+        return tuple(to_contract(self.plan, self._file, results))
+
+
+class _Frame(nn.Module):
+    """The contract's module on one frame: inputs `[batch, …]` and states → outputs `[batch, …]` and states."""
+
+    def __init__(self, contract: _Contract) -> None:
+        super().__init__()
+        self.contract = contract
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        signature = self.contract.plan.signature
+        count, outputs = len(signature.inputs), len(signature.outputs)
+        unused = torch.ones(1, dtype=torch.int32)  # a file of one frame takes no lengths
+        results = self.contract(*(x.unsqueeze(1) for x in tensors[:count]), unused, *tensors[count:])
+        return (*(y.squeeze(1) for y in results[:outputs]), *results[outputs:])
 
 
 def _example(plan: Plan) -> list[Tensor]:
