@@ -16,8 +16,8 @@ _SAME = 1e-4
 # Where all values are small, this share of the largest, but not below the noise of larger ones that cancel out.
 _SHARE = 1e-3
 _LEAST = 1e-7
-# A value that is the same in both and so many times the largest that is not is a constant, as for what is masked: it has no
-# noise, and says nothing of how large that of the others is.
+# A value that is the same in both and so many times the largest that is not is a constant, as for what is masked: it
+# has no noise, and says nothing of how large that of the others is.
 _CONSTANT = 100
 
 

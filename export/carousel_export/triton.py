@@ -45,15 +45,15 @@ def check_triton(version: str, policies: Sequence[Policy], signature: Signature)
         )
     if learned := [state.input for state in signature.states if state.initial is not None]:
         raise ExportError(
-            f"state {learned[0]!r} starts from values of the model's own, and the config starts each from zero; take the "
-            "state as an argument of forward, or leave out --triton"
+            f"state {learned[0]!r} starts from values of the model's own, and the config starts each from zero; take "
+            "the state as an argument of forward, or leave out --triton"
         )
     if _by_name(signature, "input") != _by_name(signature, "output"):
         raise ExportError(
             "Triton pairs states by the order of their names, which the inputs' "
             f"({', '.join(sorted(state.input for state in signature.states))}) and the outputs' "
-            f"({', '.join(sorted(state.output for state in signature.states))}) do not have in common; rename the layer "
-            "whose name goes on from another's state, or leave out --triton"
+            f"({', '.join(sorted(state.output for state in signature.states))}) do not have in common; rename the "
+            "layer whose name goes on from another's state, or leave out --triton"
         )
     if flat := [state.input for state in signature.states if not state.shape]:
         raise ExportError(f"state {flat[0]!r} is a single value a row, which Triton cannot hold; leave out --triton")
@@ -68,7 +68,8 @@ def write_config(bundle: Bundle) -> Path:
 
     The states are implicit: Triton keeps them between the requests of a sequence, and starts each sequence from their
     `initial_state`, zero. It does so for a request that is flagged as the sequence's start, so that the graph needs no
-    input for a START control, and the config may name none. A request answers as a chunk does under carry without a block, or causal.
+    input for a START control, and the config may name none. A request answers as a chunk does under carry without a
+    block, or causal.
     """
     text = _config(bundle.manifest)
     path = bundle.path.parent / CONFIG

@@ -171,7 +171,7 @@ class Learned(nn.Module):
 
 def test_what_triton_cannot_serve_is_refused(tmp_path: Path) -> None:
     """A model that may not carry its state or learned its start, and a version that is no number: a line, no bundle."""
-    with pytest.raises(cx.ExportError, match="'gru.h_0' starts from values of the model's own"):
+    with pytest.raises(cx.ExportError, match=r"'gru\.h_0' starts from values of the model's own"):
         cx.export(Learned().eval(), torch.randn(2, 6, 5), name="learned", out=tmp_path, triton=True)
     with pytest.raises(cx.PolicyError, match="right under full alone; leave out --triton"):
         cx.export(Last().eval(), torch.randn(2, 6, 5), name="last", out=tmp_path, triton=True)

@@ -91,9 +91,8 @@ class TorchFile:
         example = _example(plan)
         try:
             with quiet(), torch.no_grad():
-                module: nn.Module = _Contract(self, plan)
-                if plan.stepwise:
-                    module = repeated(_Frame(module), plan.signature, example)
+                contract = _Contract(self, plan)
+                module = repeated(_Frame(contract), plan.signature, example) if plan.stepwise else contract
                 traced = torch.jit.trace(module, tuple(example), check_trace=False)  # type: ignore[no-untyped-call]
                 torch.jit.save(traced, folder / TORCHSCRIPT)
         except Exception as error:
