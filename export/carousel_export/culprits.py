@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from carousel_export.gate import TOLERANCE
 from carousel_export.policies import Piece
+from carousel_export.tolerance import TOLERANCE, largest
 
 # Above the noise of sums in another order, below any real difference that the gate would let pass.
 _SAME = 1e-4
@@ -26,15 +26,10 @@ def same(wanted: Tensor, got: Tensor) -> bool:
     if wanted.shape != got.shape:
         return False
     a, b = wanted.double(), got.double()
-    near = min(_SAME, max(_LEAST, _SHARE * _largest(a)))
+    near = min(_SAME, max(_LEAST, _SHARE * largest(a)))
     # Where values are large, what the gate allows. A small one beside them has their noise: it may be their difference.
-    near = max(near, TOLERANCE * _largest(a[a.abs() <= _CONSTANT * _largest(a[a != b])]))
+    near = max(near, TOLERANCE * largest(a[a.abs() <= _CONSTANT * largest(a[a != b])]))
     return torch.allclose(a, b, rtol=0, atol=near, equal_nan=True)
-
-
-def _largest(x: Tensor) -> float:
-    finite = x[x.isfinite()]
-    return float(finite.abs().max()) if finite.numel() else 0.0
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,8 @@ from carousel_export.reference import Answer, Source, Stream
 from carousel_export.replay import replay
 from carousel_export.runtimes import OnnxRuntime, Runtime, TorchScript
 from carousel_export.signature import Signature
+from carousel_export.tolerance import TOLERANCE, allowed, largest
 
-# Of an output with values up to 1, absolute; of a larger one, relative to the largest value that the sequence has.
-TOLERANCE = 1e-5
 _LENGTHS = (1, 2, 9, 17, 26, 40)
 # A long sequence, of which the last frames are run at once where the policy leaves it to the client: more than a server
 # does by default.
@@ -83,8 +82,8 @@ class Variant:
         """What one trial found."""
         self.checks += checks
         for i, port in enumerate(signature.outputs):
-            largest = max(_largest(answer.outputs[i]) for answer in wanted)
-            self.peaks[port.name] = max(largest, self.peaks.get(port.name, 0.0))
+            peak = max(largest(answer.outputs[i]) for answer in wanted)
+            self.peaks[port.name] = max(peak, self.peaks.get(port.name, 0.0))
 
 
 def runtimes_of(folder: Path) -> tuple[Runtime, ...]:
@@ -135,16 +134,6 @@ def prove(
         "error_over_time": errors,
         "lookahead_curve": curve,
     }
-
-
-def allowed(wanted: Tensor) -> float:
-    """What one sequence's output may be off by: `TOLERANCE`, times its largest finite value where that is over 1."""
-    return TOLERANCE * max(1.0, _largest(wanted))
-
-
-def _largest(wanted: Tensor) -> float:
-    finite = wanted[wanted.isfinite()].double().abs()
-    return float(finite.max()) if finite.numel() else 0.0
 
 
 def _looks_ahead(policies: Sequence[Policy]) -> bool:

@@ -4,10 +4,10 @@ import importlib.metadata
 import platform
 from collections.abc import Sequence
 
-from carousel_export.gate import TOLERANCE
 from carousel_export.graph import LOOKAHEAD, MODEL
 from carousel_export.policies import Policy, to_message
 from carousel_export.signature import LENGTHS, Signature
+from carousel_export.tolerance import TOLERANCE
 from carousel_export.torchscript import TORCHSCRIPT
 from carousel_export.variants import FLOAT32
 from carousel_protos.v1 import manifest_pb2 as pb

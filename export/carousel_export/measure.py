@@ -12,12 +12,13 @@ from torch import Tensor
 
 from carousel_export.draw import Draw
 from carousel_export.errors import ModelError, ParityError
-from carousel_export.gate import TOLERANCE, Check, Variant
+from carousel_export.gate import Check, Variant
 from carousel_export.graph import LOOKAHEAD, MODEL
 from carousel_export.policies import Policy
 from carousel_export.replay import replay
 from carousel_export.runtimes import OnnxRuntime, Runtime
 from carousel_export.signature import Signature
+from carousel_export.tolerance import TOLERANCE
 from carousel_export.variants import FLOAT32, variant_file, write_variant
 from carousel_protos.v1 import manifest_pb2 as pb
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from carousel_export.draw import Draw
 from carousel_export.eager import Eager
 from carousel_export.errors import ModelError
-from carousel_export.gate import allowed
 from carousel_export.policies import Full
 from carousel_export.reference import Reference, Stream
 from carousel_export.signature import BATCH, Port
+from carousel_export.tolerance import allowed
 from carousel_export.vocabulary import find_vocabularies
 
 _LENGTHS = (1, 5, 17, 70)
