@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.cli.conftest import run  # noqa: F401 -- the fixture, for tests of the command
 from tests.support.certificates import LOCAL, Authority, Pair
 
 import carousel_client as cc
@@ -34,6 +35,12 @@ class TokenFile:
         self._lines[name] = line(name, scopes or ("infer",), token).removesuffix(" }") + extras + " }"
         self._write()
         return token
+
+    def limit(self, name: str, **limits: int) -> None:
+        """Other limits for a principal, whose token stays."""
+        until_hash = self._lines[name][: self._lines[name].index('"', self._lines[name].index("sha256")) + 66]
+        self._lines[name] = until_hash + "".join(f", {key} = {value}" for key, value in limits.items()) + " }"
+        self._write()
 
     def add_certified(self, name: str, *scopes: str) -> None:
         """A principal that its certificate identifies."""

@@ -197,7 +197,7 @@ class Guard:
             if not kept and not withdrawn.done():
                 withdrawn.set_result(None)
                 ended += 1
-        log.info("took the new %s: %d principals; ended %d streams", path, len(tokens.principals), ended)
+        log.info("took the new %s; principals: %d, streams ended: %d", path, len(tokens.principals), ended)
 
 
 def _name(method: str) -> str:
