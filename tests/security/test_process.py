@@ -27,7 +27,7 @@ def test_a_token_made_by_the_command_opens_a_server_with_tls(
     assert re.fullmatch(r"carousel_[A-Za-z0-9_-]{43}", token)
     assert token not in made.stderr
     tokens = tmp_path / "tokens.toml"
-    tokens.write_text(made.stderr.splitlines()[-1] + "\n")
+    tokens.write_text(made.stderr)
     np.save(tmp_path / "x.npy", FRAMES)
     wrong = run("token", "eve").stdout.strip()
     settings = {"tls_cert": server_pair.certificate, "tls_key": server_pair.key, "tokens": tokens, "log_level": "debug"}

@@ -21,7 +21,7 @@ def command(principal: str, scopes: tuple[str, ...]) -> None:
     """Make a token for PRINCIPAL, and print it, which nobody can do again.
 
     The token goes to standard output; to standard error goes the line that lets the server know it, which has no
-    secret in it and belongs into the file that `carousel serve --tokens` was given.
+    secret in it: carousel token anna >anna.token 2>>tokens.toml
     """
     token = make_token()
     try:
@@ -29,4 +29,4 @@ def command(principal: str, scopes: tuple[str, ...]) -> None:
     except ConfigError as error:
         raise click.UsageError(str(error)) from error
     click.echo(token)
-    click.echo(f"The line for the server's file of tokens:\n{entry}", err=True)
+    click.echo(f"# for carousel serve --tokens\n{entry}", err=True)
