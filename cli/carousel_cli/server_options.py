@@ -50,7 +50,7 @@ def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     for option in reversed((
         click.option("--target", default="localhost:8001", show_default=True, help="HOST:PORT of the server."),
-        click.option("--tls", is_flag=True, help="Encrypt; the server's certificate is checked. So do --tls-…"),
+        click.option("--tls", is_flag=True, help="Encrypt, and check the server's certificate; those below imply it."),
         click.option("--tls-ca", type=_FILE, help="PEM: trust these authorities, not those that gRPC trusts."),
         click.option("--tls-cert", type=_FILE, help="PEM: show this certificate, for servers that ask for one."),
         click.option("--tls-key", type=_FILE, help="PEM: the key of --tls-cert."),

@@ -16,7 +16,7 @@ _FIELDS = ServerConfig.__dataclass_fields__
 
 def _option(flag: str, field: str, help: str, kind: Any = None) -> Callable[[Any], Any]:  # noqa: A002 -- click's word
     default = _FIELDS[field].default
-    return click.option(flag, field, type=kind or type(default), default=default, show_default=True, help=help)
+    return click.option(flag, field, type=kind or type(default), default=default, show_default=default != "", help=help)
 
 
 def _file(flag: str, field: str, help: str) -> Callable[[Any], Any]:  # noqa: A002 -- click's word
