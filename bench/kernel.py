@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import torch
-from bench.models import FRAMES, SIZES, Whole, make
+from bench.models import Whole, make
+from bench.sizes import COMPARED, FRAMES, SIZES
 from rich.console import Console
 from rich.table import Table
 
@@ -64,13 +65,13 @@ def load(file: Path) -> ort.InferenceSession:
 
 def export_all(folder: Path) -> dict[str, Path]:
     """The bundles of both models with their int8 variant under `folder`, made unless they are there."""
-    for name, (features, _) in SIZES.items():
+    for name in COMPARED:
         if not (folder / name).exists():
             cx.export(
-                Whole(make(name)).eval(), torch.randn(3, FRAMES, features), name=name, out=folder, version="1",
+                Whole(make(name)).eval(), torch.randn(3, FRAMES, SIZES[name][0]), name=name, out=folder, version="1",
                 variants=["int8"],
             )  # fmt: skip
-    return {name: folder / name / "1" for name in SIZES}
+    return {name: folder / name / "1" for name in COMPARED}
 
 
 def measure(bundle: Path, rounds: int, seconds: float) -> list[dict[str, Any]]:

@@ -7,17 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
-import numpy as np
-
 from carousel_protos import Bundle
-from carousel_server.engine.runner import AHEAD
+from carousel_server.engine.drawn import full_step
 from carousel_server.engine.runtime import Runtime, load_runtimes
-from carousel_server.engine.spec import Array, ModelSpec, Port
+from carousel_server.engine.spec import ModelSpec
 
-FRAMES = 10
 _ROUNDS = 3
-# Frames and rows for axes that a context's own size has a part in.
-_CONTEXT = 5
 # A second thread has to earn this much of the rows, and may cost this much more of their CPU.
 _EARNS, _COSTS = 1.15, 1.1
 # Spinning has to make a call at low load this much quicker, and may cost this much more CPU.
@@ -70,7 +65,7 @@ def measure(bundle: Bundle, *, most: int, seconds: float = 4.0) -> Trial:
         for number, (threads, runners, spinning, rows, idle) in enumerate(plans):
             # One that spins is there for its own turn only: it would burn CPU in the others'.
             runtime = load(threads, spinning=True) if spinning else runtimes[threads]
-            call = partial(runtime.run, _feeds(spec, runtime, rows))
+            call = partial(runtime.run, full_step(spec, runtime.inputs, rows))
             taken = _turn(call, runners, seconds / _ROUNDS / len(plans), idle=idle)
             found[number].append(Tried(threads, runners, spinning, rows, *_per_row(*taken, rows), idle))
     tried = [sorted(each, key=lambda one: one.rows_per_s)[len(each) // 2] for each in found.values()]
@@ -121,22 +116,3 @@ def _turn(call: Callable[[], object], runners: int, seconds: float, *, idle: boo
 def _per_row(wall_s: float, cpu_s: float, taken: list[float], rows: int) -> tuple[float, float, float]:
     count = len(taken) * rows
     return count / wall_s, cpu_s / count * 1e6, median(taken) * 1e3
-
-
-def _feeds(spec: ModelSpec, runtime: Runtime, rows: int) -> dict[str, Array]:
-    """A full step of `rows` drawn blocks of `FRAMES` frames, with as many ahead where the graph takes them."""
-    rng = np.random.default_rng(0)
-
-    def draw(port: Port, *leading: int) -> Array:
-        shape = (*leading, *(_CONTEXT if size < 0 else size for size in port.item))
-        if port.dtype.kind == "f":
-            return rng.standard_normal(shape).astype(port.dtype)
-        return np.zeros(shape, port.dtype)
-
-    feeds: dict[str, Array] = {}
-    for suffix in ("", AHEAD):
-        feeds |= {port.name + suffix: draw(port, rows, FRAMES) for port in spec.inputs}
-        feeds[spec.lengths + suffix] = np.full(rows, FRAMES, np.int32)
-    feeds |= {port.name: draw(port, rows) for port in spec.contexts}
-    feeds |= {state.input: np.zeros((rows, *state.row), state.dtype) for state in spec.states}
-    return {name: feeds[name] for name in runtime.inputs}

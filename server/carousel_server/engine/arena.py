@@ -1,6 +1,7 @@
 """The arena: one contiguous array for each state tensor, a row for each resident session."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +16,19 @@ class Arena:
     """`rows` state rows, and the row that every sequence starts from. Rows never used take no memory."""
 
     def __init__(self, states: Sequence[State], rows: int) -> None:
-        self._arrays = [np.zeros((rows + 1, *state.row), state.dtype) for state in states]
-        for array, state in zip(self._arrays, states, strict=True):
-            array[START_ROW] = 0 if state.initial is None else state.initial
         self._unused = rows
         self._free: list[int] = []
         self._next = START_ROW + 1
+        self._allocate(states, rows)
+
+    def _allocate(self, states: Sequence[State], rows: int) -> None:
+        self._arrays = [np.zeros((rows + 1, *state.row), state.dtype) for state in states]
+        for array, state in zip(self._arrays, states, strict=True):
+            array[START_ROW] = 0 if state.initial is None else state.initial
+
+    def buckets(self, most: int) -> Sequence[int]:  # noqa: ARG002 -- one that has some needs it
+        """The batches up to `most` rows that a run should have been tried with before it counts: here, none."""
+        return ()
 
     def take(self) -> int:
         """A row of one's own, as every sequence starts. Raises `TooManySessionsError` where none is left."""
@@ -33,20 +41,23 @@ class Arena:
         else:
             slot = self._next
             self._next += 1
+        self._reset(slot)
+        return slot
+
+    def _reset(self, slot: int) -> None:
         for array in self._arrays:
             array[slot] = array[START_ROW]
-        return slot
 
     def give_back(self, slot: int) -> None:
         assert slot != START_ROW
         self._free.append(slot)
 
-    def gather(self, slots: NDArray[np.intp]) -> list[Array]:
-        """Copies of the rows, `[batch, layers × directions, size]` for each state."""
+    def gather(self, slots: NDArray[np.intp]) -> list[Any]:
+        """Copies of the rows, `[batch, layers × directions, size]` for each state, as the runtime takes them."""
         return [array[slots] for array in self._arrays]
 
-    def scatter(self, slots: NDArray[np.intp], rows: Sequence[Array]) -> None:
-        """Write rows back; those of the row to start from are dropped."""
+    def scatter(self, slots: NDArray[np.intp], rows: Sequence[Any]) -> None:
+        """Write rows back as the runtime gave them; those of the row to start from are dropped."""
         if not slots.all():
             rows = [row[slots != START_ROW] for row in rows]
             slots = slots[slots != START_ROW]

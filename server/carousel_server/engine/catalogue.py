@@ -162,6 +162,7 @@ class Catalogue:
                     f"off the eager model's answers, {checked.tolerance:.3g} is allowed; run `carousel verify {path}`"
                 )
         model = Model(bundle.manifest, runtimes, self._config, variant=self._config.variant)
+        model.warm_up()
         model.on_closed = self._on_closed
         return model
 

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from carousel_protos.v1.manifest_pb2 import Manifest, Policy
 from carousel_protos.v1.state_pb2 import SessionState
 from carousel_server.config import Limits
-from carousel_server.engine.arena import Arena
 from carousel_server.engine.context import Context, read_context
+from carousel_server.engine.drawn import full_step
 from carousel_server.engine.infer import Infer
 from carousel_server.engine.policy import FULL, Blocking, choose_blocking
 from carousel_server.engine.runner import Runner
@@ -38,7 +38,9 @@ class Model:
         self.on_closed: Callable[[Session], None] = lambda _: None
         self._limits = limits
         self.variants = Variants.read(manifest, runtimes, default=variant)
-        self._arena = Arena(self.spec.states, limits.max_sessions)
+        self._runtimes = runtimes
+        # The graphs of a bundle run in one place.
+        self._arena = next(iter(runtimes.values())).make_arena(self.spec.states, limits.max_sessions)
         scheduler = Scheduler(max_batch=limits.max_batch, max_frames=limits.max_step_frames, ragged=self.spec.ragged)
         runner = Runner(self.spec, runtimes, self._arena)
         self.steps = Steps(self.name, scheduler, runner, self._arena, self._closed)
@@ -46,6 +48,14 @@ class Model:
         self._infer = Infer(self.spec, self.steps, limits)
         # Held by open sessions.
         self._context_bytes = 0
+
+    def warm_up(self) -> None:
+        """Run each graph once at every size of batch that a device would take its time for the first time."""
+        for batch in self._arena.buckets(self._limits.max_batch):
+            start = self._arena.gather(np.zeros(batch, np.intp))
+            states = {state.input: rows for state, rows in zip(self.spec.states, start, strict=True)}
+            for runtime in self._runtimes.values():
+                runtime.run(full_step(self.spec, runtime.inputs, batch) | states)
 
     @property
     def name(self) -> str:

@@ -1,14 +1,16 @@
 """onnxruntime: an ONNX file as a function of named arrays. The only module that imports it."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
 from carousel_server.config import Device
+from carousel_server.engine.arena import Arena
 from carousel_server.engine.runtime import RunError
-from carousel_server.engine.spec import Array
+from carousel_server.engine.spec import Array, State
 from carousel_server.errors import LoadError
 
 _PROVIDERS: dict[Device, list[tuple[str, dict[str, str]]]] = {
@@ -16,6 +18,7 @@ _PROVIDERS: dict[Device, list[tuple[str, dict[str, str]]]] = {
     # TF32 would cost three digits of parity.
     "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), ("CPUExecutionProvider", {})],
 }
+_RECURRENT = ("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM")
 
 
 class OnnxRuntime:
@@ -32,6 +35,7 @@ class OnnxRuntime:
         # What was checked was read as ONNX; a file's name could ask for another format.
         options.add_session_config_entry("session.load_model_format", "ONNX")
         options.log_severity_level = 3
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         wanted = _PROVIDERS[device][0][0]
         if wanted not in ort.get_available_providers():
             raise LoadError(
@@ -48,8 +52,24 @@ class OnnxRuntime:
             raise LoadError(f"onnxruntime cannot load {path.name}: {_first_line(error)}") from error
         if self._session.get_providers()[0] != wanted:
             raise LoadError(f"onnxruntime fell back from {wanted}: its CUDA libraries are missing or do not fit")
+        self._check_placement(path.name, wanted)
         self.inputs = [node.name for node in self._session.get_inputs()]
         self.outputs = [node.name for node in self._session.get_outputs()]
+
+    def _check_placement(self, name: str, wanted: str) -> None:
+        """Raise `LoadError` where a recurrent node runs elsewhere than asked: each call would wait for copies."""
+        parts = self._session.get_provider_graph_assignment_info()
+        placed = [(part.ep_name, node) for part in parts for node in part.get_nodes()]
+        for provider, node in placed:
+            if provider != wanted and node.op_type in _RECURRENT:
+                raise LoadError(
+                    f"{name} has {node.op_type} {node.name}, which {wanted} does not run and {provider} would; "
+                    "use --device cpu, or another variant"
+                )
+
+    def make_arena(self, states: Sequence[State], rows: int) -> Arena:
+        """State rows as NumPy arrays."""
+        return Arena(states, rows)
 
     def run(self, feeds: dict[str, Array]) -> list[Array]:
         """The graph's outputs, in its order. Raises `RunError`."""
@@ -58,8 +78,18 @@ class OnnxRuntime:
         try:
             outputs: list[Array] = self._session.run(None, feeds)
         except Exception as error:
-            raise RunError(_first_line(error), rejected=isinstance(error, InvalidArgument)) from error
+            raise run_error(error) from error
         return outputs
+
+
+def run_error(error: Exception) -> RunError:
+    """What onnxruntime raised in a run."""
+    return RunError(_first_line(error), rejected=isinstance(error, InvalidArgument))
+
+
+def providers(device: Device) -> list[tuple[str, dict[str, str]]]:
+    """What runs a graph there, first what does if it can, with options."""
+    return _PROVIDERS[device]
 
 
 def about() -> dict[str, str]:

@@ -1,11 +1,13 @@
 """What runs a bundle's graphs: the interface, and the choice between the modules that have it."""
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from carousel_protos import Bundle
 from carousel_protos.v1.manifest_pb2 import Graph
 from carousel_server.config import Device, RuntimeKind, require
-from carousel_server.engine.spec import Array
+from carousel_server.engine.arena import Arena
+from carousel_server.engine.spec import State
 from carousel_server.errors import LoadError
 
 
@@ -15,8 +17,14 @@ class Runtime(Protocol):
     inputs: list[str]
     outputs: list[str]
 
-    def run(self, feeds: dict[str, Array]) -> list[Array]:
-        """The graph's outputs, in its order. Raises `RunError`."""
+    def run(self, feeds: dict[str, Any]) -> list[Any]:
+        """The graph's outputs, in its order. Raises `RunError`.
+
+        States go in as `make_arena`'s arena gathers them, and come out as it scatters them; all else are arrays.
+        """
+
+    def make_arena(self, states: Sequence[State], rows: int) -> Arena:
+        """`rows` state rows in the memory that this runtime takes its states from."""
 
 
 class RunError(Exception):
@@ -42,14 +50,18 @@ def load_runtimes(
         return dict(load(bundle, device=device, threads=threads))
     if any(_is_torchscript(bundle, graph) for graph in bundle.manifest.graphs):
         raise LoadError(f"{bundle.manifest.name} has TorchScript and no ONNX; serve it with --runtime torchscript")
+    from carousel_server.engine.device_runtime import DeviceRuntime  # noqa: PLC0415
     from carousel_server.engine.onnx_runtime import OnnxRuntime  # noqa: PLC0415
 
-    return {
-        graph.file: OnnxRuntime(
-            bundle.file(graph.file), device=device, threads=threads, variant=graph.variant, spinning=spinning
-        )
-        for graph in bundle.manifest.graphs
-    }
+    states = frozenset(state.output for state in bundle.manifest.states)
+    loaded: dict[str, Runtime] = {}
+    for graph in bundle.manifest.graphs:
+        path, variant = bundle.file(graph.file), graph.variant
+        if device == "cpu":
+            loaded[graph.file] = OnnxRuntime(path, device=device, threads=threads, variant=variant, spinning=spinning)
+        elif variant != "int8":  # DynamicQuantizeLSTM is the CPU's alone
+            loaded[graph.file] = DeviceRuntime(path, device=device, states=states, variant=variant)
+    return loaded
 
 
 def _is_torchscript(bundle: Bundle, graph: Graph) -> bool:

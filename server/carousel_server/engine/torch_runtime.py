@@ -1,6 +1,7 @@
 """TorchScript: the methods of a bundle's model.pt as functions of named arrays. The only module that imports torch."""
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch.jit import optimized_execution  # type: ignore[attr-defined]  # public, and not in its list
@@ -8,8 +9,9 @@ from torch.jit import optimized_execution  # type: ignore[attr-defined]  # publi
 from carousel_protos import Bundle
 from carousel_protos.v1.manifest_pb2 import Manifest, PolicyKind
 from carousel_server.config import Device
+from carousel_server.engine.arena import Arena
 from carousel_server.engine.runtime import RunError
-from carousel_server.engine.spec import Array
+from carousel_server.engine.spec import Array, State
 from carousel_server.errors import LoadError
 
 _AHEAD = "_ahead"
@@ -52,6 +54,10 @@ class TorchRuntime:
         self.inputs += [port.name for port in manifest.contexts]
         self.inputs += [state.input for state in manifest.states]
         self.outputs = [port.name for port in manifest.outputs] + [state.output for state in manifest.states]
+
+    def make_arena(self, states: Sequence[State], rows: int) -> Arena:
+        """State rows as NumPy arrays."""
+        return Arena(states, rows)
 
     def run(self, feeds: dict[str, Array]) -> list[Array]:
         """The method's results, in their order. Raises `RunError`."""
