@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import torch
-from bench.models import FRAMES, SIZES, Stack, Whole, make
+from bench.models import Stack, Whole, make
+from bench.sizes import COMPARED, FRAMES, SIZES
 from rich.console import Console
 from rich.table import Table
 
@@ -207,7 +208,13 @@ def main() -> None:
     for name in COMPARED:
         folder = given.models / name / "1"
         if not folder.exists():
-            cx.export(Whole(make(name)).eval(), torch.randn(3, FRAMES, SIZES[name][0]), name=name, out=given.models, version="1")
+            cx.export(
+                Whole(make(name)).eval(),
+                torch.randn(3, FRAMES, SIZES[name][0]),
+                name=name,
+                out=given.models,
+                version="1",
+            )
         bundle, stack = Bundle.open(folder), make(name).to(given.device)
         results["models"][name] = {
             "placement": placement(bundle, given.device),
