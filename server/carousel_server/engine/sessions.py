@@ -215,6 +215,7 @@ class Sessions:
             _check_owner(session_id, gone, owner)
             if (late := self._late.get(session_id)) is not None and late[0].session.sink is sink:
                 late[0].session.acknowledge(acknowledged)
+                self._loose(late[0].session)
                 if not late[0].session.kept:
                     self._forget_answers(session_id)
             return True
