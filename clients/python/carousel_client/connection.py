@@ -39,6 +39,7 @@ CHANNEL_OPTIONS = [
     # A network that vanished without a word is found out.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
 ]
 
 Response = TypeVar("Response")

@@ -12,8 +12,9 @@ from carousel_server.engine.catalogue import Catalogue, Entry
 from carousel_server.engine.events import Sink
 from carousel_server.engine.model import Model
 from carousel_server.engine.portable import unseal
+from carousel_server.engine.resident import Resident
 from carousel_server.engine.session import Session
-from carousel_server.engine.sessions import Resident, Sessions
+from carousel_server.engine.sessions import Sessions
 from carousel_server.engine.spec import Array
 from carousel_server.errors import DrainingError, SessionDiffersError, shorten
 

@@ -11,6 +11,7 @@ from carousel_protos.v1.state_pb2 import SessionState
 from carousel_server.config import Limits
 from carousel_server.engine.events import Failure, Sink
 from carousel_server.engine.model import Model
+from carousel_server.engine.resident import Late, Resident
 from carousel_server.engine.session import Session
 from carousel_server.engine.spec import Array
 from carousel_server.errors import (
@@ -30,17 +31,6 @@ from carousel_server.errors import (
 _ID_LENGTH = 128
 # Sessions that are gone and still known by name, in multiples of those that may be open.
 _TOMBSTONES = 4
-# Bytes of answers that closed sessions leave behind, and what a closed session that leaves some counts for besides.
-_LATE_BYTES, _LATE_SESSION = 64 * 1024 * 1024, 4096
-
-
-@dataclass(slots=True)
-class Resident:
-    """A session in memory. `last_used` is in seconds of the caller's clock."""
-
-    session: Session
-    model: Model
-    last_used: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +52,7 @@ class Sessions:
         self._residents: dict[str, Resident] = {}
         self._held: dict[Sink, dict[str, Session]] = {}
         self._gone: OrderedDict[str, _Gone] = OrderedDict()
-        # Of those that were closed, the ones whose client has not acknowledged every answer, with their bytes.
-        self._late: OrderedDict[str, tuple[Resident, int]] = OrderedDict()
-        self._late_bytes = 0
+        self._late = Late()
         self._owned: Counter[str] = Counter()
         # How many sessions an owner may have open, None where only the server's own limit holds.
         self.quota: Callable[[str], int | None] = lambda _: None
@@ -155,7 +143,7 @@ class Sessions:
         return session_id
 
     def _enter(self, session: Session, model: Model, now: float) -> Resident:
-        self._forget_answers(session.id)
+        self._loose_all(self._late.remove(session.id))
         self._gone.pop(session.id, None)
         self._owned[session.owner] += 1
         resident = self._residents[session.id] = Resident(session, model, now)
@@ -166,8 +154,7 @@ class Sessions:
 
         Raises what `find` raises, and `FencedError` where `epoch` says that the holder had it and another has it now.
         """
-        late = self._late.get(session_id)
-        resident = late[0] if late is not None else self._residents.get(session_id)
+        resident = self._late.get(session_id) or self._residents.get(session_id)
         if resident is None:
             return self.find(session_id, owner) if resume else None
         _check_owner(session_id, resident.session, owner)
@@ -197,8 +184,8 @@ class Sessions:
         It may be closed, and have answers left. Raises what `find` raises, `FencedError`, `SessionDetachedError`.
         """
         late = self._late.get(session_id)
-        if late is not None and late[0].session.sink is sink:
-            return late[0]
+        if late is not None and late.session.sink is sink:
+            return late
         resident = self.find(session_id, owner)
         if resident.session.sink is not sink:
             if resident.session.sink is None:
@@ -213,11 +200,11 @@ class Sessions:
         """Close a session once all that waits is answered; True where it was closed before."""
         if (gone := self._gone.get(session_id)) is not None and isinstance(gone.error, SessionClosedError):
             _check_owner(session_id, gone, owner)
-            if (late := self._late.get(session_id)) is not None and late[0].session.sink is sink:
-                late[0].session.acknowledge(acknowledged)
-                self._loose(late[0].session)
-                if not late[0].session.kept:
-                    self._forget_answers(session_id)
+            if (late := self._late.get(session_id)) is not None and late.session.sink is sink:
+                late.session.acknowledge(acknowledged)
+                self._loose(late.session)
+                if not late.session.kept:
+                    self._late.remove(session_id)
             return True
         resident = self.use(session_id, sink, now, owner=owner)
         resident.session.acknowledge(acknowledged)
@@ -236,11 +223,7 @@ class Sessions:
             return
         self._bury(session.id, SessionClosedError(f"session {session.id} was closed; open a new one"))
         if session.kept:
-            size = _LATE_SESSION + sum(len(data) for kept in session.kept for data in kept.data if data is not None)
-            self._late[session.id] = resident, size
-            self._late_bytes += size
-            while self._late_bytes > _LATE_BYTES:
-                self._forget_answers(next(iter(self._late)))
+            self._loose_all(self._late.add(resident))
 
     def idle(self, sink: Sink) -> bool:
         """Whether no session that this stream holds waits for an answer."""
@@ -274,14 +257,12 @@ class Sessions:
                 session.sink.deliver(Failure(session.id, error))
             self._bury(session.id, error)
             resident.model.release(session)
-        for session_id in [name for name, (late, _) in self._late.items() if now - late.last_used >= limit]:
-            self._forget_answers(session_id)
+        self._loose_all(self._late.remove_all(lambda late: now - late.last_used >= limit))
         return len(expired)
 
     def forget_answers(self, served: Container[Model]) -> None:
         """Models were unloaded: what their closed sessions left goes with them."""
-        for session_id in [name for name, (late, _) in self._late.items() if late.model not in served]:
-            self._forget_answers(session_id)
+        self._loose_all(self._late.remove_all(lambda late: late.model not in served))
 
     def find(self, session_id: str, owner: str = "") -> Resident:
         """A session by its id.
@@ -305,11 +286,9 @@ class Sessions:
             del self._held[session.sink][session.id]
             session.sink = None
 
-    def _forget_answers(self, session_id: str) -> None:
-        late, size = self._late.pop(session_id, (None, 0))
-        if late is not None:
-            self._late_bytes -= size
-            self._loose(late.session)
+    def _loose_all(self, residents: list[Resident]) -> None:
+        for resident in residents:
+            self._loose(resident.session)
 
     def _bury(self, session_id: str, error: CarouselError) -> None:
         session = self._residents.pop(session_id).session

@@ -12,7 +12,7 @@ from carousel_server.engine.catalogue import Entry
 from carousel_server.engine.codec import decode, encode
 from carousel_server.engine.engine import Engine
 from carousel_server.engine.model import Model
-from carousel_server.engine.sessions import Resident
+from carousel_server.engine.resident import Resident
 from carousel_server.front.guard import Guard, caller
 from carousel_server.front.stream import Context, StreamCall
 
