@@ -414,7 +414,7 @@ def test_a_state_moves_to_other_weights_only_when_asked(durable_models: Path, tm
 
         other = unseal(sealed)
         other.model = "speaker"
-        with pytest.raises(cc.FailedPrecondition, match="tensors are not those of version 2 of speaker"):
+        with pytest.raises(cc.FailedPrecondition, match="whose tensors are not those of version 2 of speaker"):
             client.put_state(seal(other), version="2", move=True)
 
 

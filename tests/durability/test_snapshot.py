@@ -1,21 +1,26 @@
 """A state taken at any moment, and a session that goes on from it in another model: the same bits."""
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from carousel_protos import Bundle
+from carousel_protos.v1.state_pb2 import SessionState
 from carousel_server.config import Limits
 from carousel_server.engine.events import Event, Result
 from carousel_server.engine.model import Model
 from carousel_server.engine.policy import CARRY, CAUSAL, FULL, LOOKAHEAD, Blocking
-from carousel_server.engine.portable import unseal
+from carousel_server.engine.portable import seal, unseal
 from carousel_server.engine.runtime import load_runtimes
 from carousel_server.engine.session import Session
+from carousel_server.errors import CarouselError, ContextFullError, SessionClosedError
 
 LIMITS = Limits(max_sessions=1000, max_block_frames=5)
 
@@ -137,3 +142,55 @@ def test_a_state_taken_at_any_moment_goes_on_with_the_same_bits(pairs, chosen, s
         assert [(r.index, r.first_frame, r.frames, r.data) for r in rest] == [
             (r.index, r.first_frame, r.frames, r.data) for r in wanted[len(answered) :]
         ]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_forged_state_is_refused_in_a_line_or_runs(pairs, name: str):
+    """Bytes changed under a right checksum never break the server: a clear refusal, or a session that works."""
+    model, _ = pairs[name]
+    before = model.open_sessions
+    stream = Stream(name, POLICIES[name][0], [7, 3])
+    session = stream.open(model)
+    stream.send(model, session, 0)
+    while model.steps.turn():
+        pass
+    written = unseal(model.snapshot(session)).SerializeToString()
+    model.release(session)
+    draw, refusals, ran = Random(8), [], 0
+    for _ in range(600):
+        forged = bytearray(written)
+        for _ in range(draw.choice((1, 1, 2))):
+            at = draw.randrange(len(forged))
+            forged[at : at + draw.choice((0, 1, 1, 4))] = draw.randbytes(draw.choice((0, 1, 1, 3)))
+        try:
+            state = SessionState.FromString(bytes(forged))
+        except DecodeError:
+            continue
+        try:
+            session = model.restore("forged", unseal(seal(state)))
+        except CarouselError as error:
+            refusals.append(str(error))
+            continue
+        session.sink = Collector()
+        with suppress(SessionClosedError):  # what was changed may be whether the sequence has ended
+            model.submit(session, session.next_index, stream.chunks[1], end=True)
+        finish(model, session)
+        ran += 1
+    assert model.open_sessions == before
+    assert min(len(refusals), ran) > 20, (refusals, ran)
+    assert [said for said in refusals if "\n" in said] == []
+
+
+def test_branches_share_their_context(durable_models: Path):
+    """A context that branches share counts once against the limit, and goes with the last of them."""
+    bundle = Bundle.open(durable_models / "conditioned" / "1")
+    runtimes = load_runtimes(bundle, device="cpu", threads=1)
+    model = Model(bundle.manifest, runtimes, Limits(max_sessions=4, max_context_bytes=20))
+    trunk = model.open("trunk", None, {}, SPEAKER)
+    branch = model.fork(trunk, "branch")
+    assert branch.context is trunk.context
+    model.release(trunk)
+    with pytest.raises(ContextFullError, match="would hold 24 bytes and 20 are allowed"):
+        model.open("other", None, {}, SPEAKER)
+    model.release(branch)
+    model.release(model.open("other", None, {}, SPEAKER))

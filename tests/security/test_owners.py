@@ -86,3 +86,24 @@ async def test_sessions_are_counted_by_owner(engine: Engine):
     assert [engine.sessions.owned(owner) for owner in ("anna", "ben", "carl")] == [2, 1, 0]
     engine.close(stream, "s", owner="anna")
     assert engine.sessions.owned("anna") == 1
+
+
+async def test_a_state_is_its_owners(engine: Engine):
+    """Nobody else gets a session's state, branches it, sees it listed, or opens one under its id."""
+    open_session(engine, "anna")
+    state = engine.get_state("s", owner="anna")
+    for asked in (
+        lambda: engine.get_state("s", owner="ben"),
+        lambda: engine.fork("s", "branch", owner="ben"),
+        lambda: engine.put_state(state, owner="ben"),
+    ):
+        with pytest.raises(NotOwnerError, match="session s is not yours"):
+            asked()
+    engine.fork("s", "branch", owner="anna")
+    assert engine.put_state(state, session_id="copy", owner="ben").session.owner == "ben"
+
+    def listed(owner: str) -> list[str]:
+        found = engine.list_sessions(model="", after="", most=9, owner=owner)
+        return [resident.session.id for resident, _ in found]
+
+    assert (listed("anna"), listed("ben"), listed("")) == (["branch", "s"], ["copy"], [])

@@ -1,5 +1,6 @@
 """A model that is served: its graphs, its arena, its sessions and its steps."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -46,8 +47,9 @@ class Model:
         self.steps = Steps(self.name, scheduler, runner, self._arena, self._closed)
         self._snapshots = Snapshots(manifest, self.spec, self.variants, limits)
         self._infer = Infer(self.spec, self.steps, limits)
-        # Held by open sessions.
+        # Held by open sessions, and how many hold each.
         self._context_bytes = 0
+        self._contexts: Counter[int] = Counter()
 
     def warm_up(self) -> None:
         """Run each graph once at every size of batch that a device would take its time for the first time."""
@@ -125,20 +127,24 @@ class Model:
         self, session_id: str, outputs: Sequence[Port], blocking: Blocking, variant: str, context: Context, owner: str
     ) -> Session:
         """A session with a row of its own, at the model's start. Raises `TooManySessionsError`, `ContextFullError`."""
-        if self._context_bytes + context.bytes > self._limits.max_context_bytes:
+        # Branches share one.
+        held = self._context_bytes + (0 if id(context) in self._contexts else context.bytes)
+        if held > self._limits.max_context_bytes:
             raise ContextFullError(
-                f"the contexts of {self.name}'s sessions would hold {self._context_bytes + context.bytes} bytes and "
+                f"the contexts of {self.name}'s sessions would hold {held} bytes and "
                 f"{self._limits.max_context_bytes} are allowed; close some sessions, or try later",
                 retry_after_s=1.0,
             )
+        graph = self.variants.graph(variant, blocking.kind)
         slot = self._arena.take()
         self.open_sessions += 1
-        self._context_bytes += context.bytes
+        self._context_bytes = held
+        self._contexts[id(context)] += 1
         return Session(
             session_id,
             outputs,
             blocking,
-            graph=self.variants.graph(variant, blocking.kind),
+            graph=graph,
             variant=variant,
             slot=slot,
             limits=self._limits,
@@ -184,7 +190,10 @@ class Model:
     def _forget(self, session: Session) -> None:
         self._arena.give_back(session.slot)
         self.open_sessions -= 1
-        self._context_bytes -= session.context.bytes
+        self._contexts[id(session.context)] -= 1
+        if not self._contexts[id(session.context)]:
+            del self._contexts[id(session.context)]
+            self._context_bytes -= session.context.bytes
 
     async def infer(
         self, tensors: dict[str, Array], lengths: NDArray[np.int32] | None, *, variant: str = ""

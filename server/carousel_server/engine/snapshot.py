@@ -129,7 +129,8 @@ class Snapshots:
         Raises `SignatureDiffersError`, `VariantError`, `ModelDiffersError`, `PolicyError`, `TensorError`,
         `TooLargeError` and `StateDamagedError`.
         """
-        self._check_model(state, move=move)
+        variant = self._variants.choose(state.variant)
+        self._check_model(state, variant, move=move)
         blocking = self._blocking(state.policy)
         where = f"the state of session {shorten(session_id)}"
         rows = decode(state.states, ())
@@ -150,12 +151,12 @@ class Snapshots:
         )
         _check_place(place, blocking, where)
         ordered = [rows[spec.input] for spec in self._spec.states]
-        return Restored(blocking, state.variant, ordered, context, outputs, place)
+        return Restored(blocking, variant, ordered, context, outputs, place)
 
-    def _check_model(self, state: SessionState, *, move: bool) -> None:
+    def _check_model(self, state: SessionState, variant: str, *, move: bool) -> None:
         here = f"version {self._manifest.version} of {self._manifest.name}"
-        there = f"version {shorten(state.version)} of {shorten(state.model)}"
-        head = self._heads[self._variants.choose(state.variant)]
+        there = f"version {shorten(state.version)!r} of {shorten(state.model)!r}"
+        head = self._heads[variant]
         if state.signature != head.signature:
             raise SignatureDiffersError(
                 f"the state is of {there}, whose tensors are not those of {here}; open a new session there"
@@ -210,7 +211,7 @@ def _data(
         ):
             raise _wrong(where, f"lacks output {port.name!r} as {describe(port.dtype, wanted)}")
     if unknown := sorted(tensors.keys() - {port.name for port in ports}):
-        raise _wrong(where, f"has outputs that the model has not: {shorten(', '.join(unknown))}")
+        raise _wrong(where, f"has outputs that the model has not: {shorten(str(unknown))}")
     return tuple(tensors[port.name].tobytes() if port.name in tensors else None for port in outputs)
 
 
