@@ -26,7 +26,7 @@ class Point:
     raw: list[float] = field(default_factory=list)
 
     def median(self, key: str) -> float:
-        return statistics.median(getattr(each, key) for each in self.rounds)
+        return float(statistics.median(getattr(each, key) for each in self.rounds))
 
     @property
     def over_raw(self) -> float:
@@ -37,7 +37,7 @@ class Point:
     def over(self, other: "Point", key: str = "chunks_per_s") -> float:
         """The median of the rounds' ratios to another point, of the rounds that both have."""
         pairs = zip(self.rounds, other.rounds, strict=False)
-        return statistics.median(getattr(a, key) / getattr(b, key) for a, b in pairs)
+        return float(statistics.median(getattr(a, key) / getattr(b, key) for a, b in pairs))
 
 
 @dataclass

@@ -34,7 +34,8 @@ class Whole(nn.Module):
         self.stack = stack
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.stack(x)[0]
+        scores: torch.Tensor = self.stack(x)[0]
+        return scores
 
 
 @dataclass(frozen=True)

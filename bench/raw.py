@@ -50,7 +50,8 @@ class Raw:
         calls_ms: list[float] = []
         for _ in range(_TURNS):
             for batch in BATCHES:
-                walls, started, end = [], time.process_time(), time.perf_counter() + seconds / _TURNS / len(BATCHES)
+                walls: list[float] = []
+                started, end = time.process_time(), time.perf_counter() + seconds / _TURNS / len(BATCHES)
                 while not walls or time.perf_counter() < end:
                     began = time.perf_counter()
                     self._session.run(None, self._feeds[batch])

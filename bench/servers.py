@@ -89,9 +89,10 @@ def _wait(peer: Peer, process: "subprocess.Popen[bytes]", log: Path) -> str:
     while time.monotonic() < deadline:
         ended = process.poll() is not None
         said = log.read_text(encoding="utf-8", errors="replace")
-        address, ready = re.search(_ADDRESS, said), re.search(peer.ready, said)
-        if ready and (peer.target or address):
-            return peer.target or address[1]
+        address = re.search(_ADDRESS, said)
+        target = peer.target or (address[1] if address else "")
+        if target and re.search(peer.ready, said):
+            return target
         if ended:
             raise PeerError(f"{peer.name} ended before it served, with code {process.returncode}: {said[-2000:]}")
         time.sleep(0.01)

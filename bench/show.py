@@ -1,25 +1,30 @@
-"""The results on the terminal."""
+"""Tables on the terminal."""
 
 from collections.abc import Iterable
 
 from bench.findings import Results
-from bench.tables import Table as Text
+from bench.tables import Table
+from rich import table
 from rich.console import Console
-from rich.table import Table
 
 # What the widest table takes, wherever the output goes.
 _WIDTH = 140
 
 
-def show(results: Results, shown: Iterable[Text]) -> None:
-    console = Console(width=max(_WIDTH, Console().width))
-    for each in shown:
-        table = Table(title=each.title, title_justify="left")
-        for number, column in enumerate(each.columns):
-            table.add_column(column, justify="left" if number < each.words else "right", no_wrap=True)
-        for row in each.rows:
-            table.add_row(*row)
-        console.print(table)
+def show(results: Results, tables: Iterable[Table]) -> None:
+    """The tables, and what is to be said beside them."""
+    print_tables(tables)
     for name, note in results.notes.items():
-        console.print(f"{name}: {note}")
-    console.print(f"took {results.settings['took_s']:.0f} s")
+        print(f"{name}: {note}")
+    print(f"took {results.settings['took_s']:.0f} s")
+
+
+def print_tables(tables: Iterable[Table]) -> None:
+    console = Console(width=max(_WIDTH, Console().width))
+    for each in tables:
+        drawn = table.Table(title=each.title, title_justify="left")
+        for number, column in enumerate(each.columns):
+            drawn.add_column(column, justify="left" if number < each.words else "right", no_wrap=True)
+        for row in each.rows:
+            drawn.add_row(*row)
+        console.print(drawn)

@@ -73,7 +73,7 @@ class OwnStream:
     """A session on a stream of its own."""
 
     def __init__(self, channel: grpc.aio.Channel, phase: Phase, chunks: Chunks, number: int) -> None:
-        self._stream = channel.stream_stream(_METHOD, response_deserializer=pb.StreamResponse.FromString)()
+        self._stream: Any = channel.stream_stream(_METHOD, response_deserializer=pb.StreamResponse.FromString)()
         self._name = f"own-{next(_ids)}"
         self._encoded = _field(1, self._name.encode())
         self._phase, self._chunks, self._number = phase, chunks, number
@@ -105,7 +105,7 @@ class SharedStream:
     """Many sessions on one stream."""
 
     def __init__(self, channel: grpc.aio.Channel, phase: Phase, chunks: Chunks, sessions: int) -> None:
-        self._stream = channel.stream_stream(_METHOD, response_deserializer=pb.StreamResponse.FromString)()
+        self._stream: Any = channel.stream_stream(_METHOD, response_deserializer=pb.StreamResponse.FromString)()
         self._names = [f"shared-{next(_ids)}" for _ in range(sessions)]
         self._numbers = {name: number for number, name in enumerate(self._names)}
         self._encoded = [_field(1, name.encode()) for name in self._names]
@@ -155,7 +155,8 @@ class SharedStream:
 
     async def _write(self, items: list[bytes]) -> None:
         """Encoded items side by side are an encoded message."""
-        message, size = [], 0
+        message: list[bytes] = []
+        size = 0
         for item in items:
             if message and (size + len(item) > _MESSAGE_BYTES or len(message) == _ITEMS):
                 await self._stream.write(b"".join(message))

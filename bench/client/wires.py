@@ -28,7 +28,7 @@ class PlainStream:
     """A by-hand server's gRPC stream: bytes of one chunk in, bytes of its answer out."""
 
     def __init__(self, channel: grpc.aio.Channel, chunks: list[bytes], number: int) -> None:
-        self._stream = channel.stream_stream("/byhand/Stream")()
+        self._stream: Any = channel.stream_stream("/byhand/Stream")()
         self._chunks, self._number = chunks, number
 
     async def open(self) -> None:
@@ -54,7 +54,7 @@ class Inference:
 
     def __init__(self, channel: grpc.aio.Channel, messages: Any, requests: list[bytes], number: int) -> None:
         self._messages, self._requests, self._number = messages, requests, number
-        self._call = channel.unary_unary(
+        self._call: Any = channel.unary_unary(
             "/inference.GRPCInferenceService/ModelInfer", response_deserializer=messages.ModelInferResponse.FromString
         )
         self._id = next(_ids)
