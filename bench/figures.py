@@ -37,11 +37,18 @@ def _machine(results: Results) -> str:
     )
 
 
+def _plot(name: str, what: str) -> Callable[[Results], str]:
+    return lambda _: f"![{what}](../{FOLDER}/{name}.svg)"
+
+
 # By name in the documents: the run it is of, and how it is written.
 FIGURES: dict[str, tuple[str, Callable[[Results], str]]] = {
     "machine": ("bench", _machine),
     "compared-at-128": ("bench", lambda results: _compared(results, (names.SESSIONS,))),
     "compared": ("bench", _compared),
+    "cpu-plot": ("bench", _plot("cpu", "Server CPU per chunk by sessions")),
+    "throughput-plot": ("bench", _plot("throughput", "Chunks a second by sessions")),
+    "latency-plot": ("bench", _plot("latency", "Latency by arriving chunks a second")),
     "raw": ("bench", lambda results: tables.raw(results).markdown()),
     "targets": ("bench", lambda results: tables.goals(results).markdown()),
     "arrivals": ("bench", lambda results: tables.arrivals(results).markdown()),

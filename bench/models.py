@@ -1,5 +1,6 @@
-"""The models of the benchmark, and their bundles, exported once into a folder."""
+"""The models of the benchmark, and their bundles."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,15 +60,15 @@ def make(name: str) -> Stack:
 
 
 def export_all(folder: Path) -> dict[str, Exported]:
-    """The models folders `A`, `B` and `U` under `folder`, with one bundle each; those that are there stay."""
+    """The models folders `A`, `B` and `U` under `folder`, with one bundle each, made anew by this exporter."""
     return {name: _export(folder / name, name) for name in SIZES}
 
 
 def _export(folder: Path, name: str) -> Exported:
-    if not (folder / name).exists():
-        variants = ("int8",) if name == "B" else ()
-        model = Whole(make(name)).eval()
-        cx.export(model, torch.randn(3, FRAMES, SIZES[name][0]), name=name, out=folder, variants=variants)
+    shutil.rmtree(folder / name, ignore_errors=True)
+    model = Whole(make(name)).eval()
+    variants = ("int8",) if name == "B" else ()
+    cx.export(model, torch.randn(3, FRAMES, SIZES[name][0]), name=name, out=folder, variants=variants)
     manifest = Bundle.open(folder / name / "1", check=False).manifest
     int8 = [graph.tolerance.absolute for graph in manifest.graphs if graph.variant == "int8"]
     return Exported(folder, name, sum(layer.state_bytes for layer in manifest.layers), max(int8, default=0.0))

@@ -67,7 +67,7 @@ def ml_server(exported: Exported) -> Peer:
 def torch_serve(exported: Exported) -> Peer:
     """Its model is a folder as `torch-model-archiver --archive-format no-archive` makes it."""
     python = environments.TORCHSERVE.python
-    root = (exported.folder / "torchserve").resolve()
+    root = (exported.folder.parent / f"torchserve-{exported.name}").resolve()
     folder = root / exported.name
     (folder / "MAR-INF").mkdir(parents=True, exist_ok=True)
     manifest = {

@@ -88,7 +88,7 @@ def peer(environment: Environment, exported: Exported, settings: Settings) -> Pe
 
 
 def _write_repository(exported: Exported, settings: Settings) -> Path:
-    folder = exported.folder / "triton" / exported.name
+    folder = exported.folder.parent / f"triton-{exported.name}" / exported.name
     (folder / "1").mkdir(parents=True, exist_ok=True)
     shutil.copy(_HERE / "model.py", folder / "1" / "model.py")
     config = _CONFIG.format(
