@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from bench.client.record import Record
 from bench.client.wires import Session
 
+# Chunks of a session that wait for their answers; a server may refuse more. The others wait here, and their clock runs.
+_IN_FLIGHT = 32
+
 
 async def closed_loop(session: Session, number: int, record: Record) -> None:
     """One session, until the record is over."""
@@ -24,7 +27,7 @@ async def closed_loop(session: Session, number: int, record: Record) -> None:
 async def open_loop(sessions: Sequence[Session], rate: float, record: Record) -> None:
     """Poisson arrivals, `rate` a second in all, each for a session drawn at random; latency counts from the arrival.
 
-    A session sends without waiting for what it sent before.
+    A session sends without waiting for what it sent before, unless very much of it was not answered.
     """
     loop = asyncio.get_running_loop()
     queues: list[asyncio.Queue[float | None]] = [asyncio.Queue() for _ in sessions]
@@ -53,7 +56,7 @@ async def open_loop(sessions: Sequence[Session], rate: float, record: Record) ->
 
 
 async def _both_ways(session: Session, number: int, queue: asyncio.Queue[float | None], record: Record) -> None:
-    sent: asyncio.Queue[float | None] = asyncio.Queue()
+    sent: asyncio.Queue[float | None] = asyncio.Queue(_IN_FLIGHT)
 
     async def receive() -> None:
         index = 0
@@ -64,8 +67,8 @@ async def _both_ways(session: Session, number: int, queue: asyncio.Queue[float |
     receiving = asyncio.create_task(receive())
     index = 0
     while (moment := await queue.get()) is not None:
+        await sent.put(moment)
         await session.send(index)
-        sent.put_nowait(moment)
         index += 1
-    sent.put_nowait(None)
+    await sent.put(None)
     await receiving
