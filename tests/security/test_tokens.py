@@ -203,6 +203,11 @@ async def _items(stream: Any, count: int) -> Any:
             yield item
 
 
+async def _read_out(stream: Any) -> None:
+    while await asyncio.wait_for(stream.read(), 20) is not grpc.aio.EOF:
+        pass
+
+
 async def test_a_principals_sessions_are_bounded(serve: Serve, token_file: TokenFile):
     """Over its number of open sessions a principal is told to wait, by whatever call; others are not touched."""
     anna, ben = token_file.add("anna", max_sessions=1), token_file.add("ben")
@@ -285,6 +290,31 @@ async def test_a_changed_file_is_taken(serve: Serve, token_file: TokenFile, capl
             assert await newcomer.models()
         assert server.engine.sessions.owned("anna") == 1
         assert len(await theirs.send(FRAMES, end=True)) == 4
+
+
+async def test_a_known_callers_stream_ends_as_any_other(serve: Serve, token_file: TokenFile):
+    """Cancelled by its client it leaves the session to be resumed; a server that stops ends it without delay."""
+    token = token_file.add("anna")
+    opened = pb.StreamRequest(items=[open_item("s", "tagger"), chunk_item("s", 0, FRAMES)])
+    resumed = pb.StreamRequest(items=[open_item("s", "tagger", resume=True)])
+    async with serve(tokens=token_file.path) as (server, _):
+        channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.port}")
+        first = CarouselStub(channel).Stream(metadata=bearer(token))
+        await first.write(opened)
+        assert [item.WhichOneof("item") async for item in _items(first, 2)] == ["opened", "result"]
+        first.cancel()
+
+        async def detached() -> bool:
+            return server.engine.sessions.attached == 0
+
+        await eventually(detached)
+        second = CarouselStub(channel).Stream(metadata=bearer(token))
+        await second.write(resumed)
+        assert [item.opened.next_index async for item in _items(second, 1)] == [1]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await _read_out(second)
+    assert caught.value.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+    await channel.close()
 
 
 async def test_two_tokens_of_one_principal_work_at_once(serve: Serve, token_file: TokenFile):
