@@ -79,7 +79,7 @@ def find_signature(
         ),
         bidirectional=any("reverse" in sides_of(call.module) for call in base.calls),
         extents=following.extents,
-        reduced=following.reduced,
+        stride=following.stride,
     )
 
 

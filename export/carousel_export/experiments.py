@@ -51,7 +51,7 @@ class Findings:
         notes += [self.reason] if self.reason else []
         if self.signature.stepwise:
             notes.append("forward takes one frame a call, which the graph repeats over time")
-        if self.signature.reduced:
+        if self.signature.stride:
             notes.append("rows share a batch only if they have the same length")
         elif not self.signature.ragged:
             notes.append("rows share a batch only if they have the same length: some code takes the padding for frames")
@@ -71,7 +71,7 @@ def find_policies(reference: Reference, draw: Draw, needs: str = "") -> Findings
         # Frame by frame, whatever the cut.
         return Findings((Causal, Carry, Full), reference.signature)
     eager = reference.eager
-    if reference.signature.reduced:
+    if reference.signature.stride:
         # Where its rows end among fewer frames, nothing says.
         whole = replace(reference.signature, ragged=False)
         return Findings((Full,), whole, _who_reduces(eager, draw))

@@ -8,8 +8,6 @@ from carousel_protos.v1 import manifest_pb2 as pb
 
 # The first of them; the next is time_out_2.
 TIME_OUT = "time_out"
-# A stride beyond this would not be told from a size that stays.
-_MOST = 32
 
 
 @dataclass(frozen=True)
@@ -35,12 +33,14 @@ class Extent:
 
 
 def fit(sizes: Mapping[int, int]) -> Extent | None:
-    """The extent with these sizes by frames, yet without a name; None where there is none.
+    """The extent with these sizes at each of a row of lengths, yet without a name; None where there is none.
+
+    A stride is told for sure where the lengths are twice as many.
 
     Convolutions, pooling and slices one after the other are such an extent: dividing and rounding down twice, with
     offsets, is dividing and rounding down once.
     """
-    for stride in range(1, _MOST + 1):
+    for stride in range(1, (max(sizes) - min(sizes)) // 2 + 1):
         least = max(size * stride - frames for frames, size in sizes.items())
         found = Extent(TIME_OUT, stride, least)
         if all(found.size(frames) == size for frames, size in sizes.items()):

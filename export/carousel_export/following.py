@@ -1,5 +1,6 @@
 """What follows time: the model run at many numbers of frames, to see how its recurrent layers and outputs grow."""
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,27 +13,27 @@ from carousel_export.given import Axes
 from carousel_export.runs import Run, candidates, grow_all, run_on
 from carousel_export.signature import BATCH, TIME
 
-# So many frames more show a size that follows time with any stride up to half of it.
-_FAR = 64
+# So many frames more show a size that follows time with any stride up to half of it; most need the first alone.
+_SPANS = (64, 256)
 
 
 @dataclass(frozen=True)
 class Following:
     """For each output its axis that follows time, if one does, and what it is called.
 
-    `reduced`: a recurrent layer or an output has another number of frames than the inputs.
+    `stride`: the most frames that one of a recurrent layer or of an output stands for; 0: all have those of the inputs.
     """
 
     axes: tuple[Mapping[int, str], ...]
     extents: tuple[Extent, ...]
-    reduced: bool
+    stride: int
 
 
 def find_reduced(eager: Eager, example: tuple[Tensor, ...], base: Run) -> Axes | None:
     """For each input its axis that is time, where recurrent layers run over fewer frames than the model is given."""
-    for axes in candidates(example):
-        far = run_on(eager, grow_all(example, axes, _FAR))
-        if far is not None and all(0 < by <= _FAR for by in _growth(base, far)):
+    for span, axes in itertools.product(_SPANS, candidates(example)):
+        far = run_on(eager, grow_all(example, axes, span))
+        if far is not None and all(0 < by <= span for by in _growth(base, far)):
             return axes
     return None
 
@@ -47,22 +48,17 @@ def find_following(
     """
     (frames,) = {x.shape[axis] for x, axis in zip(example, axes, strict=True) if axis is not None}
     runs = {frames: base}
-    for by in (1, _FAR, *range(2, _FAR)):
-        if by == 2 and _is_exact(runs, frames):
+    for span in _SPANS:
+        for by in (1, span, *range(2, span)):
+            if by == 2 and _is_exact(runs, frames):
+                break
+            if frames + by not in runs:
+                runs[frames + by] = _longer(eager, example, base, axes, by, given=given)
+        sizes = [_sizes(runs, i, y.dim()) for i, y in enumerate(base.outputs)]
+        if all(fit(axis) for shape in sizes for axis in shape if len(set(axis.values())) > 1):
             break
-        found = run_on(eager, grow_all(example, axes, by))
-        if found is None:
-            if not given:
-                # It fails again, and says how.
-                eager.run(grow_all(example, axes, by))
-            raise misnamed(eager, TIME, fails=True)
-        if not all((by == _FAR) <= grown <= by for grown in _growth(base, found)):
-            raise misnamed(eager, TIME, fails=False)
-        runs[frames + by] = found
-    sizes = [
-        [{n: run.outputs[i].shape[axis] for n, run in runs.items()} for axis in range(y.dim())]
-        for i, y in enumerate(base.outputs)
-    ]
+    if 0 in _growth(base, runs[max(runs)]):
+        raise misnamed(eager, TIME, fails=False)
     extents: list[Extent] = []
     named: list[dict[int, str]] = []
     for name, y, shape in zip(names, base.outputs, sizes, strict=True):
@@ -70,8 +66,31 @@ def find_following(
         if len(growing) > 1:
             raise several(name, y, TIME, len(growing))
         named.append({axis: _name(name, shape[axis], extents) for axis in growing})
-    calls = all(call.sizes[TIME] == n for n, run in runs.items() for call in run.calls)
-    return Following(tuple(named), tuple(extents), bool(extents) or not calls)
+    strides = [extent.stride for extent in extents]
+    for i in range(len(base.calls)):
+        frames_of = {n: run.calls[i].sizes[TIME] for n, run in runs.items()}
+        if any(n != size for n, size in frames_of.items()):
+            found = fit(frames_of)
+            strides.append(found.stride if found else max(_SPANS))
+    return Following(tuple(named), tuple(extents), max(strides, default=0))
+
+
+def _longer(eager: Eager, example: tuple[Tensor, ...], base: Run, axes: Axes, by: int, *, given: bool) -> Run:
+    inputs = grow_all(example, axes, by)
+    found = run_on(eager, inputs)
+    if found is None:
+        if not given:
+            # It fails again, and says how.
+            eager.run(inputs)
+        raise misnamed(eager, TIME, fails=True)
+    if not all(0 <= grown <= by for grown in _growth(base, found)):
+        raise misnamed(eager, TIME, fails=False)
+    return found
+
+
+def _sizes(runs: Mapping[int, Run], output: int, rank: int) -> list[dict[int, int]]:
+    """Of each axis of an output, its size by frames."""
+    return [{n: run.outputs[output].shape[axis] for n, run in runs.items()} for axis in range(rank)]
 
 
 def misnamed(eager: Eager, role: str, *, fails: bool) -> ExampleError:

@@ -171,8 +171,7 @@ def _trials(signature: Signature, draw: Draw, policies: Sequence[Policy]) -> lis
 
 def _lengths(signature: Signature) -> tuple[int, ...]:
     """From the least on; behind strides, with each remainder."""
-    stride = max((extent.stride for extent in signature.extents), default=1)
-    return tuple(sorted({*signature.lengths(_LENGTHS), *signature.lengths(range(1, stride + 1))}))
+    return tuple(sorted({*signature.lengths(_LENGTHS), *signature.lengths(range(1, signature.stride + 1))}))
 
 
 def _longest(policy: Policy, trials: Sequence[Trial]) -> dict[str, Any]:

@@ -97,9 +97,13 @@ def trace_inputs(eager: Eager, signature: Signature, example: Sequence[Tensor], 
     ports = (*signature.inputs, *signature.contexts)
     taken = {int(dim) for port in (*ports, *signature.outputs) for dim in port.dims if dim.isdecimal()}
     taken |= {size for state in signature.states for size in state.shape}
-    names = (BATCH, TIME_AHEAD, TIME, *signature.sources)
-    free = [size for size in eager.free_sizes(len(names) + len(taken), *signature.lengths([11])) if size not in taken]
+    names = (BATCH, TIME_AHEAD, *signature.sources)
+    free = [size for size in eager.free_sizes(len(names) + len(taken), 11) if size not in taken]
     sizes = dict(zip(names, free, strict=False))
+    taken |= set(sizes.values())
+    # Behind strides, too, frames are several: the exporter takes a size of one for a constant.
+    (least,) = signature.lengths([11 + 2 * signature.stride])
+    sizes[TIME] = next(size for size in eager.free_sizes(1 + len(taken), least) if size not in taken)
     tensors = {}
     for name, x in zip(signature.arguments, example, strict=True):
         port = next(port for port in ports if port.name == name)

@@ -119,7 +119,8 @@ def _compare_speed(baseline: Runtime, variant: Runtime, draw: Draw, policy: Poli
     The call is the largest of 8 streams of 32 frames under `policy`, on one thread.
     """
     calls = _Calls(baseline)
-    replay(calls, draw.signature, [draw.stream(_FRAMES)] * _STREAMS, policy)
+    (frames,) = draw.signature.lengths([_FRAMES])
+    replay(calls, draw.signature, [draw.stream(frames)] * _STREAMS, policy)
     tensors, ahead = max(calls.made, key=lambda call: sum(tensor.numel() for tensor in call[0]))
     taken: dict[str, list[float]] = {"float32": [], "variant": []}
     for number in range(_ROUNDS + 1):

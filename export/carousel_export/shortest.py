@@ -20,7 +20,7 @@ def find_shortest(eager: Eager, draw: Draw) -> tuple[Draw, str]:
     """The draw with the least frames that the model can be run on, and in words what needs more than one.
 
     A model is not defined where it fails or answers with a NaN. Raises `ModelError` for one that is not defined for
-    some number of frames after that.
+    some number of frames after that, `ExampleError` where the caller's own sequences are shorter.
     """
     trial = replace(draw, generator=torch.Generator().manual_seed(22), turns=count())
     longest = max(sample.frames for sample in draw.samples)
@@ -38,6 +38,10 @@ def find_shortest(eager: Eager, draw: Draw) -> tuple[Draw, str]:
                 f"{eager.name} runs on {least} frames and not on {frames} ({culprit}); pad in forward, so that it "
                 "takes any number of frames from some least one on"
             )
+    if short := next((stream.frames for stream in draw.given if stream.frames < least), None):
+        raise ExampleError(
+            f"data has a sequence of {short} frames, and {where} needs at least {least}; give longer ones"
+        )
     return replace(draw, signature=replace(draw.signature, least_frames=least)), where
 
 

@@ -185,8 +185,8 @@ class Signature:
     least_frames: int = 1
     # The dimensions of outputs that follow time with another size.
     extents: tuple[Extent, ...] = ()
-    # Whether a recurrent layer or an output has another number of frames than the inputs.
-    reduced: bool = False
+    # The most frames that one of a recurrent layer or of an output stands for; 0: all have those of the inputs.
+    stride: int = 0
 
     def __post_init__(self) -> None:
         names = [*(port.name for port in self.inputs), *(port.name + AHEAD for port in self.inputs)]

@@ -74,6 +74,8 @@ def _quantize(model: ModelProto) -> ModelProto:
 
     own = _copy(model)
     _unshare(own.graph)
+    # The quantiser transposes weights of a Gemm and leaves their shapes as they stood; they are inferred anew.
+    del own.graph.value_info[:]
     with _muted(), tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "model.onnx"
         quantize_dynamic(own, target)

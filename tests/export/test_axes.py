@@ -68,3 +68,43 @@ def test_a_port_turns_tensors_both_ways() -> None:
         assert [fed.shape[port.fed_dims.index(dim)] for dim in ("batch", "time")] == [4, 7]
         assert torch.equal(port.fetch(fed), graph)
         assert torch.equal(port.take(port.give(graph[1])), graph[1])
+
+
+class Strided(nn.Module):
+    """`[batch, time, 3]` → `[batch, frames, 4]`, channels first `[batch, 3, frames]`, and a value `[batch, 4]`."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+        self.lstm = nn.LSTM(3, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        seen = self.layers(x.mT)
+        y = self.lstm(seen.mT)[0]
+        return y, seen, y[:, -1]
+
+
+@pytest.mark.parametrize(
+    ("layers", "frames"),
+    [
+        ([nn.Conv1d(3, 3, 5, stride=2, padding=1), nn.MaxPool1d(3)], 20),
+        ([nn.Conv1d(3, 3, 2, dilation=3), nn.AvgPool1d(2, ceil_mode=True)], 9),
+        ([nn.Conv1d(3, 3, 11, stride=8), nn.MaxPool1d(4, padding=1), nn.Conv1d(3, 3, 2, stride=3)], 300),
+    ],
+    ids=["stride 6", "rounded up", "stride 96"],
+)
+def test_strides_are_found(layers: list[nn.Module], frames: int) -> None:
+    """Behind strides an output's time is a dimension of its own, whose size is known for any number of frames."""
+    model = Strided(*layers).eval()
+    signature = find_signature(Eager(model), (torch.randn(2, frames, 3),))
+    (extent,) = signature.extents
+    assert [port.eager_dims for port in signature.outputs] == [
+        ("batch", "time_out", "4"),
+        ("batch", "3", "time_out"),
+        ("batch", "4"),
+    ]
+    assert signature.outputs[1].dims == ("batch", "time_out", "3")
+    assert signature.stride == extent.stride
+    with torch.no_grad():
+        for length in (*range(frames, frames + 100), 2000):
+            assert extent.size(length) == model(torch.randn(1, length, 3))[0].shape[1]

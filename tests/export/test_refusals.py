@@ -84,7 +84,23 @@ def over_features(inner: nn.Module, x: Tensor) -> Tensor:
     return inner(x.flatten(0, 1).unsqueeze(1).expand(-1, 3, -1))[0].reshape(*x.shape[:2], -1)
 
 
+class CellBehindStride(nn.Module):
+    """A loop over a cell on every second frame."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, answers = None, []
+        for frame in x[:, ::2].unbind(1):
+            h = self.cell(frame, h)
+            answers.append(h)
+        return torch.stack(answers, 1)
+
+
 REFUSED = {
+    "cell behind a stride": (CellBehindStride(), X, cx.ModelError, ["cell (GRUCell)", "stride in time", "nn.LSTM"]),
     "cell": (nn.LSTMCell(5, 4), X[:, 0], cx.ModelError, ["the model itself (LSTMCell)", "loops over the frames"]),
     "cell with a state that fades": (Around(nn.GRUCell(5, 4), fading), X, cx.ModelError, ["inner", "unchanged"]),
     "own cell": (Around(OwnCell(5, 4), fading), X, cx.ModelError, ["inner (OwnCell)", "subclass"]),
@@ -209,3 +225,10 @@ def test_options_that_do_not_fit(tmp_path: Path, options: dict[str, object], wor
         cx.export(Around(lstm()).eval(), X, name="model", out=tmp_path, **options)
     for word in words:
         assert word in str(refused.value)
+
+
+def test_data_shorter_than_the_model_takes(tmp_path: Path) -> None:
+    """A sequence of the caller's that the model is not defined for is refused with what needs more frames."""
+    model = Around(lstm(), lambda m, x: m(x)[0].std(1)).eval()
+    with pytest.raises(cx.ExampleError, match=r"1 frames, and the code of Around\.forward needs at least 2"):
+        cx.export(model, X, name="model", out=tmp_path, data=[torch.randn(1, 5)])

@@ -185,3 +185,22 @@ def test_float16_of_other_layers(tmp_path: Path, model: nn.Module) -> None:
     replayed = [case for case in replay(bundle.path) if case.variant == "float16"]
     assert {case.policy.partition("(")[0] for case in replayed} >= {"carry", "full"}
     assert all(case.ok and case.tolerance < 5e-3 for case in replayed)
+
+
+class LastFrame(nn.Module):
+    """`[batch, time, 6]` → `[batch, 4]`: a linear layer on an LSTM's last answer, which is a product of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(6, 9, batch_first=True)
+        self.linear = nn.Linear(9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.lstm(x)[0][:, -1])
+
+
+def test_int8_of_one_answer_a_sequence(tmp_path: Path) -> None:
+    """A linear layer on one value a sequence, whose weights the quantiser turns over, has an int8 variant too."""
+    bundle = cx.export(make(LastFrame), torch.randn(3, 6, 6), name="last", out=tmp_path, variants=("int8",))
+    assert [graph.variant for graph in bundle.manifest.graphs] == ["float32", "int8"]
+    assert 0 < proof(bundle.path)["int8"]["maximum"] < 0.1

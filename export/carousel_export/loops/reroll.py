@@ -24,13 +24,15 @@ from carousel_export.loops.layers import Cell, alike, layer_of, layer_of_both
 from carousel_export.loops.program import Program, Rolled, Size, filled, fit, generalise, tensors_of
 from carousel_export.loops.roll import Roller
 from carousel_export.loops.trace import trace
-from carousel_export.runs import candidates, grow
+from carousel_export.runs import candidates, grow_all
 from carousel_export.signature import BATCH, TIME
 
 log = logging.getLogger(__name__)
 _FRAMES = (5, 7, 6)
 # (batch, time) at which the layers have to answer as the loops do.
 _TRIALS = ((1, 1), (2, 1), (1, 2), (3, 5), (2, 13))
+# So many frames more show a loop that a stride has made shorter.
+_MANY = 32
 _SAME = {"rtol": 1e-5, "atol": 1e-6}
 
 
@@ -162,8 +164,7 @@ def _find_axes(eager: Eager, example: Sequence[Any]) -> dict[str, Axes]:
     tensors = tensors_of(example)
     for axes in candidates(tensors):
         size = next(x.shape[axis] for x, axis in zip(tensors, axes, strict=True) if axis is not None)
-        grown = [x if axis is None else grow(x, axis, size + 1) for x, axis in zip(tensors, axes, strict=True)]
-        if (calls := _cell_calls(eager, filled(example, grown))) is None:
+        if (calls := _cell_calls(eager, filled(example, grow_all(tuple(tensors), axes)))) is None:
             continue
         now, now_rows = calls
         if now_rows == rows and all(now[path] * size == counts[path] * (size + 1) for path in counts):
@@ -171,6 +172,13 @@ def _find_axes(eager: Eager, example: Sequence[Any]) -> dict[str, Axes]:
         if now == counts and all(now_rows[path] == rows[path] + 1 for path in rows):
             found.setdefault(BATCH, axes)
     if TIME not in found:
+        for axes in candidates(tensors):
+            calls = _cell_calls(eager, filled(example, grow_all(tuple(tensors), axes, _MANY)))
+            if calls is not None and calls[1] == rows and calls[0] != counts:
+                raise ModelError(
+                    f"{_names(eager)}: the loop is over another number of frames than forward is given, as behind a "
+                    "stride in time; use the layer, such as nn.LSTM, in place of the cell"
+                )
         raise ModelError(
             f"{_names(eager)}: no axis of the inputs has one entry for each call; loop over all frames of the input, "
             "not over a number that is written in the code"

@@ -544,7 +544,7 @@ class InferResponse(_message.Message):
     version: _builtins.str
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]:
-        """One for each output, [batch, time, …]; zero after a row's length."""
+        """One for each output, [batch, time, …]; zero after a row's length, or after the entries that an extent has for it."""
 
     def __init__(
         self,
