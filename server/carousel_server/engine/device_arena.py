@@ -6,7 +6,8 @@ otherwise every step would copy the whole arena; no graph is captured here, unde
 (onnxruntime #32243), and the model's own graph never has the arena bound.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -44,12 +45,14 @@ class DeviceArena(Arena):
         options.enable_mem_pattern = False
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
-        moves = [
-            [ort.InferenceSession(make(state.dtype.name, state.row), options, providers=providers(self._device))
-             for state in states]
-            for make in (gather, scatter)
-        ]  # fmt: skip
-        self._gathers, self._scatters = moves
+
+        @cache
+        def load(make: Callable[[str, tuple[int, ...]], bytes], dtype: str, row: tuple[int, ...]) -> Any:
+            # h and c are mostly alike: each session of a device has a stream and libraries' handles of its own.
+            return ort.InferenceSession(make(dtype, row), options, providers=providers(self._device))
+
+        self._gathers = [load(gather, state.dtype.name, state.row) for state in states]
+        self._scatters = [load(scatter, state.dtype.name, state.row) for state in states]
 
     def buckets(self, most: int) -> Sequence[int]:
         """The sizes of batch there are, up to that for `most` rows."""
