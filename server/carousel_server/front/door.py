@@ -31,7 +31,7 @@ class Door:
                 ("grpc.max_send_message_length", -1),  # an answer that was computed has to reach its client
                 ("grpc.keepalive_time_ms", 60_000),  # a client whose network vanished is found out
                 ("grpc.keepalive_timeout_ms", 20_000),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),  # and clients look as often for theirs
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # and clients look as often for theirs
                 ("grpc.so_reuseport", 0),  # a second server on the port is a mistake, and is told so
             ),
         )
