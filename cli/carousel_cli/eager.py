@@ -143,7 +143,10 @@ class InputSpec:
 
 
 def draw_inputs(specs: Sequence[InputSpec], model: nn.Module) -> tuple[Tensor, ...]:
-    """Example inputs: normal numbers, and for whole numbers any that every embedding of the model has."""
+    """Example inputs: normal numbers, and for whole numbers any that every embedding of the model has.
+
+    A whole number a row whose name has "len" in it, as in `lengths:int64:batch`, is drawn as the rows' lengths.
+    """
     taken = {int(dim) for spec in specs for dim in spec.dims if dim.isdecimal()}
     # The exporter tells axes apart by their sizes.
     names = dict.fromkeys(["batch", "time", *(dim for spec in specs for dim in spec.dims if not dim.isdecimal())])
@@ -152,6 +155,9 @@ def draw_inputs(specs: Sequence[InputSpec], model: nn.Module) -> tuple[Tensor, .
     drawn = []
     for spec in specs:
         shape = [sizes.get(dim) or int(dim) for dim in spec.dims]
+        if spec.dims == ("batch",) and not spec.dtype.is_floating_point and "len" in spec.name.lower():
+            drawn.append(torch.arange(sizes["time"], sizes["time"] - sizes["batch"], -1, dtype=spec.dtype))
+            continue
         drawn.append(
             torch.randn(shape).to(spec.dtype)
             if spec.dtype.is_floating_point

@@ -18,11 +18,12 @@ from carousel_export.signature import BATCH, LENGTHS, TIME, Port, State
 
 @dataclass(frozen=True)
 class Lengths:
-    """Where a model wants its rows' lengths: the axes of its first input that they follow, and the dtype."""
+    """Where a model wants its rows' lengths: the axes that they follow of one of its inputs, and the dtype."""
 
     batch_axis: int
     time_axis: int
     dtype: torch.dtype = torch.int64
+    source: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class Calling:
 
         def place(leaf: Any) -> Any:
             if isinstance(leaf, Lengths):
-                first = inputs[0]
-                whole = torch.full((first.shape[leaf.batch_axis],), first.shape[leaf.time_axis])
+                timed = inputs[leaf.source]
+                whole = torch.full((timed.shape[leaf.batch_axis],), timed.shape[leaf.time_axis])
                 return (whole if lengths is None else lengths).to(leaf.dtype)
             if isinstance(leaf, Passed):
                 return leaf.zeros if states is None else states[leaf.call][leaf.place]
@@ -219,7 +220,8 @@ def restore(described: Sequence[str], inputs: Sequence[Port], states: Sequence[S
         state.input: _passed(state.input, torch.zeros(state.shape).unsqueeze(1)) for state in states
     }
     if LENGTHS in described:
-        fill[LENGTHS] = Lengths(dims.index(BATCH), dims.index(TIME))
+        source = [text for text in described if text in names].index(inputs[0].name)
+        fill[LENGTHS] = Lengths(dims.index(BATCH), dims.index(TIME), source=source)
     used = {leaf for leaf in pytree.tree_leaves(places) if leaf is not None}
     passed = frozenset(state.call for state in states if state.input in used)
     return Calling(_fill(places, fill), tuple(described), passed, starts=starts)

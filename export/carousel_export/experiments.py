@@ -4,19 +4,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from carousel_export.crf import decoding_in_graph
 from carousel_export.culprits import Recorder, name_culprit, name_reducers, same
 from carousel_export.draw import Draw
-from carousel_export.eager import Eager, run_layer
+from carousel_export.eager import Eager
 from carousel_export.errors import ExampleError, PolicyError
 from carousel_export.lift import Frame
 from carousel_export.padding import FRAMES, PadTime, find_paddings
 from carousel_export.policies import Carry, Causal, Full, Lookahead, Piece, Policy, named
 from carousel_export.ragged import RaggedTime
-from carousel_export.recurrent import Layer, States
 from carousel_export.reference import Answer, Reference, Stream
+from carousel_export.rows import rows_alone
 from carousel_export.signature import Signature, State
 
 # Frames of an experiment, at least; an axis with as many entries is time.
@@ -239,22 +238,8 @@ def _is_ragged(reference: Reference, draw: Draw) -> bool:
     frame.modes.append(RaggedTime(frame.lengths, rows, frames))
     frame.modes.append(PadTime(signature.paddings, frame.pad, lambda padding: padding.time))
 
-    def by_row(_call: str, module: Layer, x: Tensor, hx: States | None) -> tuple[Tensor, States]:
-        batch, time = (0, 1) if module.batch_first else (1, 0)
-        answers = []
-        with frame.suspended():
-            for row, length in enumerate(lengths):
-                start = hx and tuple(state.narrow(1, row, 1).contiguous() for state in hx)
-                y, states = run_layer(module, x.narrow(batch, row, 1).narrow(time, 0, length), start)
-                gap = list(y.shape)
-                gap[time] = x.shape[time] - length
-                answers.append((torch.cat([y, y.new_zeros(gap)], time), states))
-            return torch.cat([y for y, _ in answers], batch), tuple(
-                torch.cat(column, 1) for column in zip(*(states for _, states in answers), strict=True)
-            )
-
     with decoding_in_graph(eager.module), frame.within():
-        together = eager.run(batches, by_row, frame.lengths)
+        together = eager.run(batches, rows_alone(lengths, frame.suspended), frame.lengths)
     for port, y, *wanted in zip(signature.outputs, together, *alone, strict=True):
         for row, (value, length) in enumerate(zip(wanted, lengths, strict=True)):
             got = port.fetch(y)[row]

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from carousel_export.figures import Figures, measure
 from carousel_export.gate import prove, runtimes_of
 from carousel_export.golden import GOLDEN, read_samples, write_golden
 from carousel_export.graph import LOOKAHEAD, MODEL, write_graph
+from carousel_export.lengths import find_lengths
 from carousel_export.links import find_links
 from carousel_export.loops.written import without_loops
 from carousel_export.manifest import describe
@@ -158,6 +159,7 @@ def parity(bundle: Bundle, model: nn.Module) -> dict[str, Any]:
         given = restore(manifest.arguments, (*signature.inputs, *signature.contexts), signature.states)
         eager.restore_calling(given, sample)
         draw = Draw(signature, samples)
+        check_packed(eager, draw, sample)
         signature = signature if signature.stepwise else with_paddings(eager, signature, draw)
         policies = [from_message(policy) for policy in manifest.policies]
         return prove(runtimes_of(bundle.path), Reference(eager, signature), draw, policies, ragged=manifest.ragged)
@@ -171,11 +173,21 @@ def _read(
     dims: Mapping[str, Sequence[str]] | None,
 ) -> tuple[Signature, tuple[Tensor, ...]]:
     """The model's signature, and those of the example's arguments that are its inputs."""
+    asked = set(names)
     example, names = eager.find_calling(given, names)
+    example, names = find_lengths(eager, example, names, _of(dims, asked, names))
+    dims = _of(dims, asked, names)
     find = find_step if takes_one_frame(eager, example) else find_signature
     signature = find(eager, example, names, output_names, dims)
     check_rows(signature, example)
     return signature, example
+
+
+def _of(
+    dims: Mapping[str, Sequence[str]] | None, asked: Collection[str], names: Sequence[str]
+) -> Mapping[str, Sequence[str]] | None:
+    """The axes that the caller names, without those of arguments that are no inputs: states and lengths."""
+    return dims and {name: axes for name, axes in dims.items() if name in names or name not in asked}
 
 
 def _as_example(signature: Signature, sample: Stream) -> list[Tensor]:
