@@ -42,6 +42,10 @@ class Record:
         """The largest difference so far."""
         return self._worst
 
+    def since(self, begin: float) -> int:
+        """Answers that arrived after a moment of `time.perf_counter`."""
+        return sum(when >= begin for when, _ in self._answers)
+
     def latencies(self, begin: float, end: float) -> np.ndarray:
         """Seconds, of the answers that arrived between two moments of `time.perf_counter`."""
         return np.array([latency for when, latency in self._answers if begin <= when < end])
