@@ -11,6 +11,7 @@ from carousel_server.errors import ConfigError
 Device = Literal["cpu", "cuda"]
 RuntimeKind = Literal["onnxruntime", "torchscript"]
 Variant = Literal["float32", "float16", "int8"]
+Durability = Literal["step", "drain"]
 EventLoop = Literal["auto", "uvloop", "asyncio"]
 
 # The library that each runtime needs, and the extra that has it.
@@ -55,6 +56,8 @@ class Limits:
     max_block_frames: int = 512
     # Seconds after which a session that nobody uses is forgotten.
     idle_timeout_s: float = 600.0
+    # Seconds after which it leaves memory, where there is a store to keep it until then.
+    cold_after_s: float = 60.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -88,19 +91,29 @@ class ServerConfig(Limits, Access, Threading):
     runtime: RuntimeKind = "onnxruntime"
     # What a session is run on that names none.
     variant: Variant = "float32"
-    # Seconds that open sessions are given to finish after SIGTERM.
+    # Where sessions are kept beyond this process: see `store.open_store`.
+    store: str = "memory"
+    # Whether each answer is in the store before it is told, or only sessions that leave memory are.
+    durability: Durability = "step"
+    # Seconds that a commit is tried for before its sessions leave memory, and their clients have to resume them.
+    store_patience_s: float = 20.0
+    # Seconds that open sessions are given to finish after SIGTERM; with a store they need none.
     drain_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"device is {self.device!r}: it must be 'cpu' or 'cuda'")
-        for what, value, kinds in (("runtime", self.runtime, RuntimeKind), ("variant", self.variant, Variant)):
+        for what, value, kinds in (
+            ("runtime", self.runtime, RuntimeKind),
+            ("variant", self.variant, Variant),
+            ("durability", self.durability, Durability),
+        ):
             if value not in get_args(kinds):
                 raise ConfigError(f"{what} is {value!r}: it must be one of {', '.join(get_args(kinds))}")
         require(self.runtime)
         Threading.__post_init__(self)
-        if self.drain_timeout_s < 0:
-            raise ConfigError("drain_timeout_s must be 0 or greater")
+        if self.drain_timeout_s < 0 or self.store_patience_s < 0:
+            raise ConfigError("drain_timeout_s and store_patience_s must be 0 or greater")
         for name in Limits.__dataclass_fields__:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be greater than 0")

@@ -286,7 +286,7 @@ async def test_a_client_that_never_reads_is_read_no_more(channel: grpc.aio.Chann
     async with RawStream(channel) as stream, RawStream(channel) as other:
         await stream.ask(open_item("s", "tagger", policy=policy("carry")))
         await stream.ask(chunk_item("s", 0, np.zeros((10_000, 5), np.float32)))
-        (call,) = [call for call in server._native._calls if call._ports]
+        (call,) = [call for call in server._native._calls if call._held]
         repeats = pb.StreamRequest(items=[chunk_item("s", 0, GOOD)] * 4000)
         sending = [asyncio.create_task(stream.call.write(repeats)) for _ in range(3)]
         await other.ask(open_item("other", "tagger", policy=policy("carry")))

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import click
 
 from carousel_cli.common import extra
-from carousel_server.config import EventLoop, RuntimeKind, ServerConfig, Variant
+from carousel_server.config import Durability, EventLoop, RuntimeKind, ServerConfig, Variant
 from carousel_server.errors import CarouselError, ConfigError
 
 _FIELDS = ServerConfig.__dataclass_fields__
@@ -52,6 +52,15 @@ def _file(flag: str, field: str, help: str) -> Callable[[Any], Any]:  # noqa: A0
 @_option("--max-context-bytes", "max_context_bytes", "Bytes of context that a model's sessions hold together.")
 @_option("--max-pending-chunks", "max_pending_chunks", "Chunks of a session that are not acknowledged; at least 8.")
 @_option("--max-pending-rows", "max_pending_rows", "Rows of infer calls that wait for a model.")
+@_option("--store", "store", "Where sessions outlive the server: sqlite:FILE, redis://HOST:PORT; memory: nowhere.")
+@_option(
+    "--durability",
+    "durability",
+    "When: each step, or as a session leaves memory.",
+    click.Choice(get_args(Durability)),
+)
+@_option("--store-patience", "store_patience_s", "Seconds that a store which fails is waited for.")
+@_option("--cold-after", "cold_after_s", "Seconds after which an unused session is in the store alone.")
 @_option("--idle-timeout", "idle_timeout_s", "Seconds after which an unused session is forgotten.")
 @_option("--drain-timeout", "drain_timeout_s", "Seconds that open sessions are given to finish after SIGTERM.")
 @click.option(

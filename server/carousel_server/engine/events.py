@@ -49,7 +49,16 @@ class Closed:
     session_id: str
 
 
-Event = Result | Failure | Closed
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A stream has the session from now on: a new one, or one that it took up."""
+
+    session_id: str
+    epoch: int
+    next_index: int
+
+
+Event = Result | Failure | Closed | Taken
 
 
 class Sink(Protocol):

@@ -7,10 +7,11 @@ state before it can be put back, so a failure moves nothing. An answer stays unt
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from carousel_server.config import Limits
 from carousel_server.engine.context import NO_CONTEXT, Context
-from carousel_server.engine.events import Closed, Event, Failure, Result, Sink
+from carousel_server.engine.events import Closed, Event, Failure, Result, Sink, Taken
 from carousel_server.engine.frames import Frames, Piece
 from carousel_server.engine.place import Place
 from carousel_server.engine.policy import CAUSAL, FULL, Blocking
@@ -23,6 +24,13 @@ from carousel_server.errors import (
     TooLargeError,
     TooShortError,
 )
+
+
+class Outlet(Protocol):
+    """What stands between a session and its sink, where its moves are written before they are told."""
+
+    def changed(self, session: "Session") -> None: ...
+    def deliver(self, session: "Session", event: Event) -> None: ...
 
 
 @dataclass(slots=True)
@@ -65,6 +73,9 @@ class Session:
         self.slot = slot
         self.epoch = 1
         self.sink: Sink | None = None
+        self.outlet: Outlet | None = None
+        # Whether the store has it as it is.
+        self.stored = False
         # In the scheduler's queue or in a step; the model sets it.
         self.queued = False
         self.closed = False
@@ -113,6 +124,11 @@ class Session:
         self.epoch += 1
         self.holder = holder
         self._asked = 0
+        self._changed()
+
+    def taken(self) -> None:
+        """Tell the stream that has it now."""
+        self._deliver(Taken(self.id, self.epoch, self._next_index))
 
     def acknowledge(self, index: int | None) -> None:
         """The answers to all chunks before `index` have arrived; None: the client has not said."""
@@ -245,6 +261,7 @@ class Session:
     def _settle(self) -> None:
         if self._closing and not self._pending and not self.closed:
             self.closed = True
+            self._changed()
             self._deliver(Closed(self.id))
 
     def withdraw(self, *, running: bool) -> None:
@@ -298,6 +315,7 @@ class Session:
             self._answered = self._run
             self._value = data
             self.rollback = None
+            self._changed()
             if chunk.index < self._asked:
                 self._deliver(result)
         self._settle()
@@ -311,6 +329,12 @@ class Session:
             for position, port in enumerate(self.outputs)
         )
 
+    def _changed(self) -> None:
+        if self.outlet is not None:
+            self.outlet.changed(self)
+
     def _deliver(self, event: Event) -> None:
-        if self.sink is not None:
+        if self.outlet is not None:
+            self.outlet.deliver(self, event)
+        elif self.sink is not None:
             self.sink.deliver(event)

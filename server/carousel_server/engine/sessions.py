@@ -10,6 +10,7 @@ from carousel_protos.v1.manifest_pb2 import Policy
 from carousel_protos.v1.state_pb2 import SessionState
 from carousel_server.config import Limits
 from carousel_server.engine.events import Failure, Sink
+from carousel_server.engine.keeper import Keeper
 from carousel_server.engine.model import Model
 from carousel_server.engine.resident import Late, Resident
 from carousel_server.engine.session import Session
@@ -39,16 +40,19 @@ class _Gone:
 
     owner: str
     error: CarouselError
+    # What it had; a new session of its name goes on from there, so that nobody who had the old one can write.
+    epoch: int
 
 
 class Sessions:
-    """All sessions of a server. Time is passed in.
+    """All sessions that a server has in memory. Time is passed in; a `keeper`, where there is one, writes them down.
 
     Whatever is asked of a session is asked by an `owner`, and refused with `NotOwnerError` where another opened it.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, keeper: Keeper | None = None) -> None:
         self._limits = limits
+        self._keeper = keeper
         self._residents: dict[str, Resident] = {}
         self._held: dict[Sink, dict[str, Session]] = {}
         self._gone: OrderedDict[str, _Gone] = OrderedDict()
@@ -64,6 +68,11 @@ class Sessions:
     def attached(self) -> int:
         """Sessions that a stream holds."""
         return sum(not session.closed for held in self._held.values() for session in held.values())
+
+    @property
+    def busy(self) -> int:
+        """Sessions that wait for an answer."""
+        return sum(not resident.session.idle for resident in self._residents.values())
 
     def owned(self, owner: str) -> int:
         """How many open sessions are this owner's."""
@@ -105,6 +114,21 @@ class Sessions:
         session_id = self._free_id(session_id or state.session_id, owner)
         return self._enter(model.restore(session_id, state, owner=owner, move=move), model, now)
 
+    def restore(
+        self, model: Model, session_id: str, state: SessionState, owner: str, epoch: int, now: float
+    ) -> Resident:
+        """A session that was written down, as it was. Raises `TooManySessionsError` and what `Model.restore` raises."""
+        self._check_room()
+        session = model.restore(session_id, state, owner=owner)
+        resident = self._enter(session, model, now)
+        session.epoch, session.stored = epoch, True
+        return resident
+
+    def remember(self, session_id: str, owner: str, epoch: int, error: CarouselError) -> None:
+        """A session that went before this process, or elsewhere."""
+        self._gone[session_id] = _Gone(owner, error, epoch)
+        self._trim()
+
     def fork(self, resident: Resident, session_id: str, now: float) -> Resident:
         """A second session that goes on from where one is, and that no stream holds yet. Raises what `open` raises."""
         resident.last_used = now
@@ -130,11 +154,7 @@ class Sessions:
         if (there := self._residents.get(session_id)) is not None:
             _check_owner(session_id, there.session, owner)
             raise AlreadyExistsError(f"session {session_id} is open already; resume it, or choose another id")
-        if len(self._residents) >= self._limits.max_sessions:
-            raise TooManySessionsError(
-                f"{len(self._residents)} sessions are open and no more are allowed; close some, or try later",
-                retry_after_s=1.0,
-            )
+        self._check_room()
         if (quota := self.quota(owner)) is not None and self._owned[owner] >= quota:
             raise TooManySessionsError(
                 f"{self._owned[owner]} sessions of {owner} are open and no more are allowed; close some, or try later",
@@ -142,10 +162,20 @@ class Sessions:
             )
         return session_id
 
+    def _check_room(self) -> None:
+        if len(self._residents) >= self._limits.max_sessions:
+            raise TooManySessionsError(
+                f"{len(self._residents)} sessions are open and no more are allowed; close some, or try later",
+                retry_after_s=1.0,
+            )
+
     def _enter(self, session: Session, model: Model, now: float) -> Resident:
         self._loose_all(self._late.remove(session.id))
-        self._gone.pop(session.id, None)
+        if (gone := self._gone.pop(session.id, None)) is not None:
+            session.epoch = max(session.epoch, gone.epoch + 1)
         self._owned[session.owner] += 1
+        if self._keeper is not None:
+            self._keeper.enter(session, model)
         resident = self._residents[session.id] = Resident(session, model, now)
         return resident
 
@@ -255,6 +285,8 @@ class Sessions:
             error = SessionExpiredError(f"session {session.id} expired after {limit:g} s without use; open a new one")
             if session.sink is not None:
                 session.sink.deliver(Failure(session.id, error))
+            if self._keeper is not None:
+                self._keeper.save(session, gone="expired")
             self._bury(session.id, error)
             resident.model.release(session)
         self._loose_all(self._late.remove_all(lambda late: now - late.last_used >= limit))
@@ -263,6 +295,39 @@ class Sessions:
     def forget_answers(self, served: Container[Model]) -> None:
         """Models were unloaded: what their closed sessions left goes with them."""
         self._loose_all(self._late.remove_all(lambda late: late.model not in served))
+
+    def all(self) -> list[Resident]:
+        return list(self._residents.values())
+
+    def peek(self, session_id: str) -> Resident | None:
+        """A session, whoever asks; None where it is not in memory."""
+        return self._residents.get(session_id)
+
+    def evict(self, resident: Resident) -> None:
+        """A session leaves memory without a trace: the store has it as it is, or another server has it."""
+        self._loose(resident.session)
+        self._leave(resident.session)
+        resident.model.release(resident.session)
+
+    def lose(self, session: Session, sink: Sink | None, error: CarouselError) -> None:
+        """What is here of a session counts no more: it could not be written, or is another server's now."""
+        if (resident := self._residents.get(session.id)) is not None and resident.session is session:
+            self.evict(resident)
+        elif (late := self._late.get(session.id)) is not None and late.session is session:
+            self._loose_all(self._late.remove(session.id))
+            del self._gone[session.id]
+        if sink is not None:
+            sink.deliver(Failure(session.id, error))
+
+    def retire(self, resident: Resident, error: CarouselError) -> None:
+        """A session that was restored and turns out to be closed: its client may still ask for its last answers."""
+        self._bury(resident.session.id, error)
+        resident.model.release(resident.session)
+        self._loose_all(self._late.add(resident))
+
+    def has_answers(self, session_id: str) -> bool:
+        """Whether answers of a closed session can be had."""
+        return self._late.get(session_id) is not None
 
     def find(self, session_id: str, owner: str = "") -> Resident:
         """A session by its id.
@@ -291,12 +356,19 @@ class Sessions:
             self._loose(resident.session)
 
     def _bury(self, session_id: str, error: CarouselError) -> None:
-        session = self._residents.pop(session_id).session
+        session = self._residents[session_id].session
         self._loose(session)
+        self._leave(session)
+        self._gone[session_id] = _Gone(session.owner, error, session.epoch)
+        self._trim()
+
+    def _leave(self, session: Session) -> None:
+        del self._residents[session.id]
         self._owned[session.owner] -= 1
         if not self._owned[session.owner]:
             del self._owned[session.owner]
-        self._gone[session_id] = _Gone(session.owner, error)
+
+    def _trim(self) -> None:
         while len(self._gone) > _TOMBSTONES * self._limits.max_sessions:
             self._gone.popitem(last=False)
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from time import perf_counter
 
+from carousel_server import faults
 from carousel_server.engine.arena import Arena
 from carousel_server.engine.runner import Batch, Outcome, Runner
 from carousel_server.engine.runtime import RunError
@@ -129,7 +130,9 @@ class Steps:
     def _run(self, turn: _Turn) -> None:
         """The step's outcome, or those of its rows run alone where the batch failed."""
         started = perf_counter()
+        faults.reach("before-run")
         turn.outcomes = self._attempt(turn.step, turn.batch)
+        faults.reach("after-run")
         self.counters.run_seconds += perf_counter() - started
 
     def _attempt(self, step: Step, batch: Batch | None) -> list[tuple[Step, Outcome | RunError]]:

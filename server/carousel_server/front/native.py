@@ -37,16 +37,23 @@ class NativeServicer(CarouselServicer):
         self._calls.add(call)
         if self._going_away is not None:
             call.going_away(self._going_away)
+            if self._engine.cold is not None:
+                call.hand_over()
         try:
             await call.serve()
         finally:
             self._calls.discard(call)
 
     def announce(self, drain_s: float) -> None:
-        """Tell every stream that the server will stop, also those that come later."""
+        """Tell every stream that the server will stop, also those that come later.
+
+        With a store, they end as soon as what they asked is answered: any server can go on with their sessions.
+        """
         self._going_away = int((time.time() + drain_s) * 1000)
         for call in self._calls:
             call.going_away(self._going_away)
+            if self._engine.cold is not None:
+                call.hand_over()
 
     async def Infer(self, request: pb.InferRequest, context: Unary) -> pb.InferResponse:  # noqa: ARG002
         spec = self._engine.catalogue.get(request.model, request.version).spec
@@ -59,10 +66,10 @@ class NativeServicer(CarouselServicer):
         return pb.InferResponse(tensors=[encode(port, outputs[port.name]) for port in spec.outputs], version=version)
 
     async def GetState(self, request: pb.GetStateRequest, context: Unary) -> pb.GetStateResponse:  # noqa: ARG002
-        return pb.GetStateResponse(state=self._engine.get_state(request.session_id, owner=caller().name))
+        return pb.GetStateResponse(state=await self._engine.get_state(request.session_id, owner=caller().name))
 
     async def PutState(self, request: pb.PutStateRequest, context: Unary) -> pb.PutStateResponse:  # noqa: ARG002
-        resident = self._engine.put_state(
+        resident = await self._engine.put_state(
             request.state,
             session_id=request.session_id,
             version=request.version,
@@ -72,7 +79,7 @@ class NativeServicer(CarouselServicer):
         return pb.PutStateResponse(session=_info(resident))
 
     async def Fork(self, request: pb.ForkRequest, context: Unary) -> pb.ForkResponse:  # noqa: ARG002
-        forked = self._engine.fork(request.session_id, request.new_session_id, owner=caller().name)
+        forked = await self._engine.fork(request.session_id, request.new_session_id, owner=caller().name)
         return pb.ForkResponse(session=_info(forked))
 
     async def ListSessions(self, request: pb.ListSessionsRequest, context: Unary) -> pb.ListSessionsResponse:  # noqa: ARG002

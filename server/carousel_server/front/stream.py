@@ -3,6 +3,7 @@
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -20,11 +21,13 @@ from carousel_protos.v1.carousel_pb2 import (
     StreamResponse,
 )
 from carousel_protos.v1.carousel_pb2 import Closed as ClosedMessage
+from carousel_server import faults
 from carousel_server.engine.codec import decode, fill_result
 from carousel_server.engine.engine import Engine
-from carousel_server.engine.events import Event, Failure, Result
+from carousel_server.engine.events import Event, Failure, Result, Taken
+from carousel_server.engine.session import Session
 from carousel_server.engine.spec import Port
-from carousel_server.errors import CarouselError, InvalidError, TooLargeError
+from carousel_server.errors import CarouselError, DrainingError, InvalidError, TooLargeError
 from carousel_server.front.guard import caller
 from carousel_server.front.interceptor import internal
 from carousel_server.front.status import to_status
@@ -43,6 +46,16 @@ Context = grpc.aio.ServicerContext[StreamRequest, StreamResponse]
 Answer = tuple[Result, Sequence[Port]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A session that the stream holds or waits for."""
+
+    session: Session
+    # Of its model.
+    version: str
+    inputs: list[str]
+
+
 class StreamCall:
     """Reads, and beside it writes; it is the sink of the sessions that it holds."""
 
@@ -51,37 +64,53 @@ class StreamCall:
         self._requests = requests
         self._context = context
         self._owner = caller().name
-        # Of each session its input names, and its outputs with their sizes.
-        self._ports: dict[str, tuple[list[str], Sequence[Port]]] = {}
+        self._held: dict[str, _Held] = {}
+        # What is asked of sessions that the store is asked for, in order; and who asks it.
+        self._fetched: dict[str, deque[RequestItem]] = {}
+        self._fetches: set[asyncio.Task[None]] = set()
         # What waits to be written, with its size.
         self._outbox: deque[tuple[int, ResponseItem | Answer]] = deque()
         self._outbox_bytes = 0
         self._filled = asyncio.Event()
         self._emptied = asyncio.Event()
         self._half_closed = False
+        self._reader: asyncio.Task[None] | None = None
+        self._handing_over = False
 
     async def serve(self) -> None:
         """Until the client has half-closed and has all its answers, or either side breaks off."""
-        reader = asyncio.create_task(self._read(), name="stream reader")
+        self._reader = asyncio.create_task(self._read(), name="stream reader")
         try:
             await self._write()
-            await reader
+            if self._handing_over:
+                raise DrainingError("this server is stopping; resume on another", retry_after_s=0.1)
+            await self._reader
         finally:
-            reader.cancel()
+            for task in (self._reader, *self._fetches):
+                task.cancel()
             self._engine.detach(self)
+
+    def hand_over(self) -> None:
+        """Read no more, answer what was read, and end: its sessions can then be resumed elsewhere."""
+        self._handing_over = self._half_closed = True
+        if self._reader is not None:
+            self._reader.cancel()
+        self._filled.set()
 
     def deliver(self, event: Event) -> None:
         if isinstance(event, Result):
             size = _ITEM_BYTES
             for data in event.data:
                 size += len(data) if data is not None else 0
-            self._send((event, self._ports[event.session_id][1]), size)
+            self._send((event, self._held[event.session_id].session.outputs), size)
+        elif isinstance(event, Taken):
+            self._send(ResponseItem(opened=self._opened(event)))
         elif isinstance(event, Failure):
             if event.index is None:  # the session is no longer this stream's
-                self._ports.pop(event.session_id, None)
+                self._held.pop(event.session_id, None)
             self._send(ResponseItem(failed=_failed(event.session_id, event.error, event.index)))
         else:
-            self._ports.pop(event.session_id, None)
+            self._held.pop(event.session_id, None)
             self._send(ResponseItem(closed=ClosedMessage(session_id=event.session_id)))
 
     def going_away(self, deadline_unix_ms: int) -> None:
@@ -115,6 +144,14 @@ class StreamCall:
     def _take(self, item: RequestItem) -> None:
         kind = item.WhichOneof("item")
         asked = item.chunk if kind == "chunk" else item.open if kind == "open" else item.close
+        if self._fetched and asked.session_id in self._fetched:
+            self._fetched[asked.session_id].append(item)
+        elif kind == "open" and asked.session_id and self._engine.cold is not None:
+            self._fetch(item, asked)
+        else:
+            self._ask(item, kind, asked)
+
+    def _ask(self, item: RequestItem, kind: str | None, asked: Open | Chunk | Close) -> None:
         try:
             if kind == "chunk":
                 self._chunk(item.chunk)
@@ -125,11 +162,42 @@ class StreamCall:
             else:
                 raise InvalidError("a request item holds nothing; put open, chunk or close into it")
         except CarouselError as error:
+            if kind != "open" and self._engine.is_cold(self, asked.session_id):
+                self._fetch(item, asked)
+                return
             index = item.chunk.index if kind == "chunk" else None
             self._send(ResponseItem(failed=_failed(asked.session_id, error, index)))
         except Exception:  # noqa: BLE001 (one item's fault never ends the stream of the others)
             index = item.chunk.index if kind == "chunk" else None
             self._send(ResponseItem(failed=Failed(session_id=asked.session_id, status=internal(), index=index)))
+
+    def _fetch(self, item: RequestItem, asked: Open | Chunk | Close) -> None:
+        """The store is asked first; what else is asked of the session waits for it, in order, and nobody else does."""
+        self._fetched[asked.session_id] = deque([item])
+        task = asyncio.create_task(self._bring(asked.session_id, item.open if item.HasField("open") else None))
+        self._fetches.add(task)
+        task.add_done_callback(self._fetches.discard)
+
+    async def _bring(self, session_id: str, opening: Open | None) -> None:
+        failed: ResponseItem | None = None
+        try:
+            if opening is None:
+                await self._engine.bring_held(self, session_id, owner=self._owner)
+            else:
+                await self._engine.bring(session_id, owner=self._owner, resume=opening.resume, holder=opening.holder)
+        except CarouselError as error:
+            failed = ResponseItem(failed=_failed(session_id, error, None))
+        except Exception:  # noqa: BLE001 (one session's fault never ends the stream of the others)
+            failed = ResponseItem(failed=Failed(session_id=session_id, status=internal()))
+        waiting = self._fetched.pop(session_id)
+        if failed is not None:  # and all that was asked on top of it
+            self._held.pop(session_id, None)
+            self._send(failed)
+            return
+        first = waiting.popleft()
+        self._ask(first, first.WhichOneof("item"), opening or (first.chunk if first.HasField("chunk") else first.close))
+        for item in waiting:
+            self._take(item)
 
     def _open(self, asked: Open) -> None:
         states = decode(asked.initial_state, ())
@@ -148,21 +216,24 @@ class StreamCall:
             acknowledged=_acknowledged(asked),
             owner=self._owner,
         )
-        self._ports[session.id] = ([port.name for port in model.spec.inputs], session.outputs)
-        opened = Opened(
-            session_id=session.id,
-            epoch=session.epoch,
-            next_index=session.next_index,
-            policy=session.blocking.message(),
-            version=model.version,
-            variant=session.variant,
+        self._held[session.id] = _Held(session, model.version, [port.name for port in model.spec.inputs])
+        session.taken()
+
+    def _opened(self, event: Taken) -> Opened:
+        held = self._held[event.session_id]
+        return Opened(
+            session_id=event.session_id,
+            epoch=event.epoch,
+            next_index=event.next_index,
+            policy=held.session.blocking.message(),
+            version=held.version,
+            variant=held.session.variant,
             window=self._engine.window,
         )
-        self._send(ResponseItem(opened=opened))
 
     def _chunk(self, chunk: Chunk) -> None:
-        names, _ = self._ports.get(chunk.session_id, ([], ()))
-        tensors = decode(chunk.tensors, names)
+        held = self._held.get(chunk.session_id)
+        tensors = decode(chunk.tensors, held.inputs if held is not None else ())
         self._engine.submit(
             self,
             chunk.session_id,
@@ -175,7 +246,7 @@ class StreamCall:
 
     def _close(self, asked: Close) -> None:
         if self._engine.close(self, asked.session_id, acknowledged=_acknowledged(asked), owner=self._owner):
-            self._ports.pop(asked.session_id, None)
+            self._held.pop(asked.session_id, None)
             self._send(ResponseItem(closed=ClosedMessage(session_id=asked.session_id)))
 
     async def _write(self) -> None:
@@ -184,8 +255,9 @@ class StreamCall:
             self._filled.clear()
             while self._outbox:
                 await self._context.write(self._response())
+                faults.reach("after-answer")
                 self._emptied.set()
-            if self._half_closed and self._engine.sessions.idle(self):
+            if self._half_closed and not self._fetched and self._engine.idle(self):
                 return
 
     def _response(self) -> StreamResponse:
