@@ -120,7 +120,9 @@ class Steps:
 
     def _run_off(self, turn: _Turn, loop: asyncio.AbstractEventLoop) -> None:
         """On the runner's thread."""
+        faults.reach("before-run")
         self._run(turn)
+        faults.reach("after-run")
         loop.call_soon_threadsafe(self._ran, turn)
 
     def _ran(self, turn: _Turn) -> None:
@@ -130,9 +132,7 @@ class Steps:
     def _run(self, turn: _Turn) -> None:
         """The step's outcome, or those of its rows run alone where the batch failed."""
         started = perf_counter()
-        faults.reach("before-run")
         turn.outcomes = self._attempt(turn.step, turn.batch)
-        faults.reach("after-run")
         self.counters.run_seconds += perf_counter() - started
 
     def _attempt(self, step: Step, batch: Batch | None) -> list[tuple[Step, Outcome | RunError]]:
