@@ -1,7 +1,7 @@
 """A server that is killed while sessions run: after it came back, every answer is that of an uninterrupted run.
 
-The server is a real process that dies of SIGKILL at an armed point, and is started again on its port; the client resumes by
-itself. A chunk lost or doubled would show in every answer after it, since the state moves with each.
+The server is a real process that dies of SIGKILL at an armed point, and is started again on its port; the client
+resumes by itself. A chunk lost or doubled would show in every answer after it, since the state moves with each.
 """
 
 from collections.abc import Callable, Iterator

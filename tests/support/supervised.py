@@ -1,4 +1,4 @@
-"""A server that comes back on its port whenever it dies, as an operator's supervisor has it, and what it is killed with."""
+"""A server that comes back on its port whenever it dies, as under an operator's supervisor, and what it dies of."""
 
 import os
 import socket
