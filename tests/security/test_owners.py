@@ -58,7 +58,7 @@ async def test_a_session_is_its_owners(engine: Engine):
         lambda: engine.close(Stream(), "s"),
     ):
         with pytest.raises(NotOwnerError, match="session s is not yours"):
-            asked()
+            await asked
     engine.submit(stream, "s", 0, FRAMES, end=False, owner="anna")
     again = open_session(engine, "anna", resume=True)
     assert not engine.close(again, "s", owner="anna")
@@ -70,7 +70,7 @@ async def test_a_session_that_is_gone_is_still_its_owners(engine: Engine):
     engine.close(stream, "s", owner="anna")
     for asked in (lambda: open_session(engine, "ben"), lambda: engine.close(stream, "s", owner="ben")):
         with pytest.raises(NotOwnerError):
-            asked()
+            await asked
     with pytest.raises(SessionClosedError):
         engine.submit(stream, "s", 0, FRAMES, end=False, owner="anna")
     assert engine.close(stream, "s", owner="anna")
@@ -91,16 +91,16 @@ async def test_sessions_are_counted_by_owner(engine: Engine):
 async def test_a_state_is_its_owners(engine: Engine):
     """Nobody else gets a session's state, branches it, sees it listed, or opens one under its id."""
     open_session(engine, "anna")
-    state = engine.get_state("s", owner="anna")
+    state = await engine.get_state("s", owner="anna")
     for asked in (
-        lambda: engine.get_state("s", owner="ben"),
-        lambda: engine.fork("s", "branch", owner="ben"),
-        lambda: engine.put_state(state, owner="ben"),
+        engine.get_state("s", owner="ben"),
+        engine.fork("s", "branch", owner="ben"),
+        engine.put_state(state, owner="ben"),
     ):
         with pytest.raises(NotOwnerError, match="session s is not yours"):
-            asked()
-    engine.fork("s", "branch", owner="anna")
-    assert engine.put_state(state, session_id="copy", owner="ben").session.owner == "ben"
+            await asked
+    await engine.fork("s", "branch", owner="anna")
+    assert (await engine.put_state(state, session_id="copy", owner="ben")).session.owner == "ben"
 
     def listed(owner: str) -> list[str]:
         found = engine.list_sessions(model="", after="", most=9, owner=owner)

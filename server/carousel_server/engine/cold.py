@@ -9,7 +9,8 @@ from carousel_server.engine.catalogue import Catalogue
 from carousel_server.engine.events import Sink
 from carousel_server.engine.keeper import Keeper, has_expired
 from carousel_server.engine.portable import unseal
-from carousel_server.engine.sessions import Resident, Sessions
+from carousel_server.engine.resident import Resident
+from carousel_server.engine.sessions import Sessions
 from carousel_server.errors import (
     AlreadyExistsError,
     CarouselError,
