@@ -60,15 +60,14 @@ async def test_a_killed_server_loses_nothing_acknowledged(server: RedisServer) -
 
 async def test_a_server_that_does_not_answer(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
     """A redis that hangs is a StoreError after the time of a call, and the store works once the redis goes on."""
-    store = open_store(server.url, timeout_s=0.2)
+    store = open_store(server.url, timeout_s=1.0)
     await store.commit(BATCH)
     server.pause()
-    for call in (store.commit(holding(b"late")), store.claim("s"), store.read("s"), store.list(None, limit=1)):
-        caplog.clear()
-        with pytest.raises(StoreError) as caught:
-            await call
-        assert caught.value.retry_after_s is not None
-        assert f"{server.url}/0: no answer within 0.2 s" in caplog.text
+    calls = (store.commit(holding(b"late")), store.claim("s"), store.read("s"), store.list(None, limit=1))
+    for answer in await asyncio.gather(*calls, return_exceptions=True):
+        assert isinstance(answer, StoreError)
+        assert answer.retry_after_s is not None
+    assert caplog.text.count(f"{server.url}/0: no answer within 1 s") == len(calls)
     server.go_on()
     assert await store.commit(holding(b"next")) == set()
     assert await payloads(store) == {b"next"}
