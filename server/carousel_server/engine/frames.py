@@ -1,6 +1,5 @@
 """Frames of a session that wait: chunks as they came, viewed and not copied until a step gathers them."""
 
-from collections import deque
 from collections.abc import Iterator
 
 from carousel_server.engine.spec import Array
@@ -13,7 +12,7 @@ class Frames:
     """A queue of frames, one array for each model input `[frames, …]` in every chunk."""
 
     def __init__(self) -> None:
-        self._chunks: deque[tuple[tuple[Array, ...], int]] = deque()
+        self._chunks: list[tuple[tuple[Array, ...], int]] = []
         self._skip = 0
         self._count = 0
 
@@ -46,8 +45,11 @@ class Frames:
     def drop_first(self, count: int) -> None:
         self._count -= count
         self._skip += count
-        while self._chunks and self._skip >= self._chunks[0][1]:
-            self._skip -= self._chunks.popleft()[1]
+        done = 0
+        while done < len(self._chunks) and self._skip >= self._chunks[done][1]:
+            self._skip -= self._chunks[done][1]
+            done += 1
+        del self._chunks[:done]
 
     def drop_last(self, count: int) -> None:
         """Forget the newest frames; chunks are forgotten whole."""
