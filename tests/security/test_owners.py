@@ -58,7 +58,7 @@ async def test_a_session_is_its_owners(engine: Engine):
         lambda: engine.close(Stream(), "s"),
     ):
         with pytest.raises(NotOwnerError, match="session s is not yours"):
-            await asked
+            asked()
     engine.submit(stream, "s", 0, FRAMES, end=False, owner="anna")
     again = open_session(engine, "anna", resume=True)
     assert not engine.close(again, "s", owner="anna")
@@ -70,7 +70,7 @@ async def test_a_session_that_is_gone_is_still_its_owners(engine: Engine):
     engine.close(stream, "s", owner="anna")
     for asked in (lambda: open_session(engine, "ben"), lambda: engine.close(stream, "s", owner="ben")):
         with pytest.raises(NotOwnerError):
-            await asked
+            asked()
     with pytest.raises(SessionClosedError):
         engine.submit(stream, "s", 0, FRAMES, end=False, owner="anna")
     assert engine.close(stream, "s", owner="anna")
