@@ -28,7 +28,7 @@ class Options:
     sessions: Sequence[int] = (1, 32, 128, 512)
     rounds: int = 3
     seconds: float = 0.8
-    arrival_seconds: float = 3.0
+    arrival_seconds: float = 2.5
     warmup: float = 0.25
     loads: Sequence[float] = LOADS
     # For the raw calls of a round, of each model.
@@ -39,10 +39,10 @@ class Options:
 QUICK = Options(
     sessions=(1, 32, 128),
     rounds=1,
-    seconds=0.6,
-    arrival_seconds=1.5,
+    seconds=0.4,
+    arrival_seconds=1.2,
     loads=(0.8,),
-    raw_seconds=0.6,
+    raw_seconds=0.4,
     opened=_OPENED[-1:],
 )
 

@@ -1,6 +1,6 @@
 """The results as drawings, in the colours and geometry of the exporter's report."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,26 +45,36 @@ def drawings(results: Results) -> dict[str, Drawing]:
     closed = results.some(lambda point: point.part == names.CLOSED)
     arrived = results.some(lambda point: point.part == names.ARRIVALS)
     return {
-        "cpu": _by_sessions(closed, "server CPU per chunk, µs", lambda point: point.median("cpu_us_per_chunk")),
+        "cpu": _by_sessions(
+            closed,
+            "server CPU per chunk, µs",
+            lambda point: point.median("cpu_us_per_chunk"),
+            {model: found["64"] for model, found in results.raw.items()},
+        ),
         "throughput": _by_sessions(closed, "chunks/s", lambda point: point.median("chunks_per_s")),
         "latency": _latency(arrived),
     }
 
 
-def _by_sessions(points: list[Point], what: str, value: Callable[[Point], float]) -> Drawing:
+def _by_sessions(
+    points: list[Point], what: str, value: Callable[[Point], float], raw: Mapping[str, float] | None = None
+) -> Drawing:
     charts = []
     for model in COMPARED:
         mine = [point for point in points if point.model == model]
         sessions = [float(point.sessions) for point in mine] or [1.0]
+        limit = raw[model] if raw else None
+        values = [value(point) for point in mine] + ([limit] if limit else [])
         charts.append(
             Chart(
                 f"model {model}",
                 Axis.doubling("sessions", sessions, origin=1),
-                Axis.decades(what, [value(point) for point in mine], text=lambda decade: f"{10.0**decade:,.0f}"),
+                Axis.decades(what, values, text=lambda decade: f"{10.0**decade:,.0f}"),
                 [
                     Line([(point.sessions, value(point)) for point in line], colour, marked=True)
                     for colour, line in _lines(mine)
                 ],
+                limit=(limit, "raw, batch 64") if limit else None,
             )
         )
     return Drawing(f"{what}, closed loop: model A left, model B right", charts, _keys(points))
@@ -75,7 +85,7 @@ def _latency(points: list[Point]) -> Drawing:
     charts = []
     for model in COMPARED:
         mine = [point for point in points if point.model == model]
-        fastest = max((point.median("chunks_per_s") for point in mine), default=1.0)
+        fastest = max((point.median("arrivals_per_s") for point in mine), default=1.0)
         latencies = [point.median(key) for point in mine for key in ("p50_ms", "p99_ms")]
         charts.append(
             Chart(
@@ -84,7 +94,7 @@ def _latency(points: list[Point]) -> Drawing:
                 Axis.decades("ms", latencies, text=lambda decade: f"{10.0**decade:g}"),
                 [
                     Line(
-                        [(point.median("chunks_per_s"), point.median(key)) for point in line],
+                        [(point.median("arrivals_per_s"), point.median(key)) for point in line],
                         colour,
                         dashed=key == "p99_ms",
                         marked=True,

@@ -74,7 +74,7 @@ def part(results: Results, name: str) -> Table:
             ("model", lambda point: point.model),
             ("server", lambda point: point.peer),
         ],
-        [*_SPEED, *_CPU, _ROWS, _WASTE],
+        [*_SPEED, _CPU[0], _ROWS, _WASTE],
         sorted(results.some(lambda point: point.part == name), key=lambda point: str(point.case)),
     )
 
@@ -84,7 +84,13 @@ def arrivals(results: Results) -> Table:
     return _points(
         f"Poisson arrivals, open loop, {names.SESSIONS} sessions",
         [("model", lambda point: point.model), ("server", lambda point: point.peer)],
-        [("load", lambda point: f"{point.case:.0%}"), *_SPEED, _CPU[0], _ROWS],
+        [
+            ("load", lambda point: f"{point.case:.0%}"),
+            ("arrive/s", lambda point: f"{point.median('arrivals_per_s'):,.0f}"),
+            *_SPEED,
+            _CPU[0],
+            _ROWS,
+        ],
         results.some(lambda point: point.part == names.ARRIVALS),
     )
 

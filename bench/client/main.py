@@ -90,7 +90,7 @@ class Client:
         ended = await self._read(phase)
         memory = self._tree.memory_mb()
         record.over = True
-        return _summarise(record, began, ended, memory)
+        return _summarise(phase, record, began, ended, memory)
 
     async def _read(self, phase: Phase) -> Reading:
         statistics = Statistics()
@@ -99,7 +99,7 @@ class Client:
         return Reading(time.perf_counter(), self._tree.cpu_seconds(), time.process_time(), statistics)
 
 
-def _summarise(record: Record, began: Reading, ended: Reading, memory_mb: float) -> Measured:
+def _summarise(phase: Phase, record: Record, began: Reading, ended: Reading, memory_mb: float) -> Measured:
     latencies = record.latencies(began.at, ended.at)
     if not latencies.size:
         raise RuntimeError(f"no answer came within {_PATIENCE_S:g} s")
@@ -115,6 +115,7 @@ def _summarise(record: Record, began: Reading, ended: Reading, memory_mb: float)
         memory_mb=memory_mb,
         max_abs_error=record.worst,
         client_us_per_chunk=(ended.client_s - began.client_s) / latencies.size * 1e6,
+        arrivals_per_s=phase.rate,
         rows_per_step=(b.rows - a.rows) / steps if steps else None,
         padding_waste=padded / (frames + padded) if steps else None,
         step_ms=run_s / steps * 1e3 if steps else None,

@@ -36,6 +36,8 @@ class Measured:
     max_abs_error: float
     # The client's own, on the same cores.
     client_us_per_chunk: float
+    # In open loop, chunks that arrived; 0 in closed loop.
+    arrivals_per_s: float
     # Of Carousel's own statistics, over the same seconds; None for a peer.
     rows_per_step: float | None = None
     padding_waste: float | None = None
