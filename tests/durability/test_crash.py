@@ -4,6 +4,7 @@ The server is a real process that dies of SIGKILL at an armed point, and is star
 resumes by itself. A chunk lost or doubled would show in every answer after it, since the state moves with each.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -98,3 +99,20 @@ def test_killed_at_a_point_nothing_is_lost_or_doubled(models, store, point, want
             got = work.run(client)
         assert server.deaths == 2
     assert differing(got, answers) == 0
+
+
+def test_a_name_is_free_again_after_its_session_expired_in_the_store(models, tmp_path):
+    """A session that expired while no server ran is told as expired, and another can be opened under its name."""
+    settings = {"store": f"sqlite:{tmp_path / 'sessions'}", "idle_timeout_s": 0.3}
+    x = np.zeros((8, 5), np.float32)
+    with serving(models, **settings) as server, cc.connect(server.address, resume_timeout=0) as client:
+        session = client.session("tagger", session_id="s")
+        session.__enter__()
+        first = session.send(x)
+        server.kill()
+    time.sleep(0.4)
+    with serving(models, **settings) as server, cc.connect(server.address) as client:
+        with pytest.raises(cc.SessionExpired), client.session("tagger", session_id="s", resume=True) as session:
+            session.ready()
+        with client.session("tagger", session_id="s") as session:
+            np.testing.assert_array_equal(session.send(x), first)

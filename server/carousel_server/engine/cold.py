@@ -1,13 +1,15 @@
 """Sessions that the store has and memory has not: how they leave, and how they come back for whoever asks."""
 
 import asyncio
+import logging
 import time
+from dataclasses import replace
 from weakref import WeakValueDictionary
 
 from carousel_server.config import Limits
 from carousel_server.engine.catalogue import Catalogue
 from carousel_server.engine.events import Sink
-from carousel_server.engine.keeper import Keeper, has_expired
+from carousel_server.engine.keeper import TOMBSTONE_S, Keeper, has_expired
 from carousel_server.engine.portable import unseal
 from carousel_server.engine.resident import Resident
 from carousel_server.engine.sessions import Sessions
@@ -18,8 +20,11 @@ from carousel_server.errors import (
     NotOwnerError,
     SessionClosedError,
     SessionExpiredError,
+    StoreError,
 )
 from carousel_server.store.store import Record
+
+log = logging.getLogger("carousel")
 
 # Above this share of the sessions that memory may hold, those unused for longest leave.
 _HIGH = 0.9
@@ -69,7 +74,9 @@ class ColdSessions:
             if record is None:
                 return
             _check_owner(record, owner)
-            if record.gone or has_expired(record):
+            if here is None and has_expired(record):
+                record = await self._end(record)
+            if record.gone:
                 self._bury(record, here)
             elif resume or self._is_holder(record, holder):
                 await self._claim(session_id)
@@ -92,13 +99,22 @@ class ColdSessions:
             with self._keeper.paused(here.session):
                 record = await self._keeper.store.claim(session_id)
             here = self._sessions.peek(session_id)
-        if record is None or record.gone or has_expired(record):
+        if record is None or record.gone:
             if record is not None:
                 self._bury(record, here)
         elif here is None or here.session.epoch != record.epoch - 1:
             if here is not None:
                 self._lose(here, f"another server has had session {session_id} meanwhile; resume it")
             self._restore(record, record.epoch - 1)  # which taking it up raises
+
+    async def _end(self, record: Record) -> Record:
+        """Leave a tombstone of a session that expired where nobody had it in memory: its name is free again."""
+        claimed = await self._keeper.store.claim(record.session_id)
+        if claimed is None or claimed.gone:
+            return claimed or record
+        tombstone = replace(claimed, payload=b"", gone="expired", expires_at=time.time() + TOMBSTONE_S)
+        await self._keeper.store.commit([tombstone])
+        return tombstone
 
     def _restore(self, record: Record, epoch: int) -> Resident:
         served = self._catalogue.get(record.model, record.version)
@@ -130,7 +146,7 @@ class ColdSessions:
         return bool(holder) and unseal(record.payload).holder == holder
 
     async def sweep(self, now: float) -> None:
-        """Those unused for long leave memory, and as many more as it is too full by."""
+        """Those unused for long leave memory, and as many more as it is too full by; the store forgets what expired."""
         residents = sorted(self._sessions.all(), key=lambda resident: resident.last_used)
         surplus = len(residents) - int(_HIGH * self._limits.max_sessions)
         for number, resident in enumerate(residents):
@@ -139,6 +155,10 @@ class ColdSessions:
             self._evict(resident)
             if number % _TURN == _TURN - 1:
                 await asyncio.sleep(0)
+        try:
+            await self._keeper.store.sweep(time.time())
+        except StoreError as error:
+            log.warning("%s; it is swept later", error)
 
     def _evict(self, resident: Resident) -> None:
         session = resident.session
