@@ -86,6 +86,8 @@ class Eager:
         self.cells = find_cells(self.module)
         self.written: Loops | None = None
         self.calling = Calling()
+        # Whether it packs by lengths in a list.
+        self.lists_lengths = False
         for path, layer in self.recurrent.items():
             if layer.dropout:
                 log.info("%s: dropout=%g is inactive, as in evaluation mode", path or self.name, layer.dropout)

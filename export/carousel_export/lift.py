@@ -3,7 +3,7 @@
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ from carousel_export.calling import Calling
 from carousel_export.crf import decode_in_graph
 from carousel_export.eager import Eager, call_name
 from carousel_export.intercept import Intercept
-from carousel_export.packing import Packed, Packing, repack, unpack
+from carousel_export.packing import Packed, Packing, listing, repack, unpack
 from carousel_export.padding import Padding, PadTime
 from carousel_export.ragged import RaggedTime
 from carousel_export.recurrent import (
@@ -229,12 +229,15 @@ class LiftedModel(nn.Module):
     `forward` takes what `model.onnx` takes, `lookahead` what `lookahead.onnx` takes.
     """
 
-    def __init__(self, model: nn.Module, slot: Slot, signature: Signature, calling: Calling) -> None:
+    def __init__(
+        self, model: nn.Module, slot: Slot, signature: Signature, calling: Calling, *, lists_lengths: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.slot = slot
         self.signature = signature
         self.calling = calling
+        self.lists_lengths = lists_lengths
         self.starts = {call: tuple(s.unsqueeze(1) for s in states) for call, states in calling.starts.items()}
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -274,7 +277,9 @@ class LiftedModel(nn.Module):
             ports = zip((*signature.inputs, *signature.contexts), (*inputs, *contexts), strict=True)
             fed = signature.arrange({port.name: port.feed(x) for port, x in ports})
             parts = (None, None) if frame.compact else (frame.split, frame.lengths_ahead)
-            with Packing(frame.joined_lengths if frame.compact else frame.lengths, *parts), frame.within():
+            lengths = frame.joined_lengths if frame.compact else frame.lengths
+            rows = listing(inputs[0].shape[0]) if self.lists_lengths else nullcontext()
+            with Packing(lengths, *parts), rows, frame.within():
                 states = frame.states if signature.stepwise else None
                 arguments = self.calling.arguments(fed, frame.joined_lengths, states)
                 outputs = pytree.tree_leaves(self.calling.results(self.model(*arguments)))
@@ -308,7 +313,8 @@ def lift(eager: Eager, signature: Signature, bind: Callable[[dict[str, LiftedLay
         layer.path, layer.slot = path, slot
         layers[path] = layer
     bind(layers)
-    return LiftedModel(holder["model"], slot, signature, eager.calling).eval()
+    lists = eager.lists_lengths
+    return LiftedModel(holder["model"], slot, signature, eager.calling, lists_lengths=lists).eval()
 
 
 def bind_onnx(layers: dict[str, LiftedLayer]) -> None:

@@ -30,8 +30,10 @@ def check_packed(eager: Eager, draw: Draw, example: Sequence[Tensor]) -> None:
     Raises `ModelError`, naming the call, where it packs by others, or where it does not answer with PyTorch's own
     packing what the reference answers.
     """
-    if not eager.packed(example):
+    given = eager.packed(example)
+    if not given:
         return
+    eager.lists_lengths = any(each.listed for each in given)
     draw = replace(draw, generator=torch.Generator().manual_seed(21), turns=count())
     for stream in (draw.stream(frames) for frames in draw.signature.lengths(_LENGTHS)):
         _check_lengths(eager, _together(draw, [stream]), None)

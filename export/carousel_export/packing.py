@@ -4,6 +4,8 @@ A model holds `torch.nn.utils.rnn`'s functions under names of its own, so within
 another; the functions themselves are left in place.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -57,10 +59,20 @@ def repack(module: nn.RNNBase, call: str, given: Tensor | Packed, y: Tensor) -> 
 class Given:
     """One call of `pack_padded_sequence`: the lengths that it was given, and the axes of what it packed."""
 
-    lengths: Tensor
+    by: Any
     batch: int
     frames: int
     batch_first: bool
+
+    @property
+    def lengths(self) -> Tensor:
+        """The lengths `[batch]`."""
+        return torch.as_tensor(self.by)
+
+    @property
+    def listed(self) -> bool:
+        """Whether they are numbers in a list, and no tensor."""
+        return not isinstance(self.by, Tensor)
 
 
 class Packing:
@@ -78,7 +90,7 @@ class Packing:
     def pack(self, x: Tensor, lengths: object, *, batch_first: bool) -> Packed:
         """What `pack_padded_sequence` answers; the order of the rows stays, whether it is asked to be sorted or not."""
         padded = x.transpose(0, 1) if batch_first else x
-        self.given.append(Given(torch.as_tensor(lengths), padded.shape[1], padded.shape[0], batch_first))
+        self.given.append(Given(lengths, padded.shape[1], padded.shape[0], batch_first))
         return Packed(padded)
 
     def pad(self, packed: object, padding: float, total: int | None, *, batch_first: bool) -> tuple[Tensor, Tensor]:
@@ -114,6 +126,27 @@ class Packing:
         _ACTIVE.pop()
         if not _ACTIVE:
             rnn.pack_padded_sequence.__code__, rnn.pad_packed_sequence.__code__ = _ORIGINAL
+
+
+@contextmanager
+def listing(rows: Any) -> Iterator[None]:
+    """Within, a batch whose size is a symbol of an exporter's may be listed, as in `[x.shape[1]] * x.shape[0]`.
+
+    A list has some number of entries, to which the symbol would be fixed. It has the example's here, and nobody looks
+    at them: those lengths were found to be the rows' own.
+    """
+    fixed: Callable[[torch.SymInt], int] = torch.SymInt.__index__
+
+    def index(size: torch.SymInt) -> int:
+        if isinstance(rows, torch.SymInt) and size.node.expr == rows.node.expr:
+            return int(size.node.hint)
+        return fixed(size)
+
+    torch.SymInt.__index__ = index  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.SymInt.__index__ = fixed  # type: ignore[method-assign]
 
 
 _ACTIVE: list[Packing] = []

@@ -1,4 +1,4 @@
-"""Input that `carousel export` can make no bundle of."""
+"""What `carousel export` is given: input that it can make no bundle of, and lengths."""
 
 import sys
 from collections.abc import Iterator
@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from tests.cli.conftest import Run, one_line
 
+from carousel_protos import Bundle
+
 MODULE = """
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 class Net(nn.Module):
     def __init__(self):
@@ -23,6 +25,11 @@ class Net(nn.Module):
 class Branches(Net):
     def forward(self, x):
         return super().forward(x if x.sum() > 0 else -x)
+
+class Packs(Net):
+    def forward(self, x, lengths):
+        packed = pack_padded_sequence(x, lengths, batch_first=True)
+        return pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=x.shape[1])[0]
 
 class Unpaired(Net):
     def forward(self, x):
@@ -72,3 +79,13 @@ def test_a_factorys_model_is_set_to_evaluation_mode(run: Run) -> None:
     assert done.stderr.splitlines() == [
         "badnet:Net gives a model in training mode: it is set to evaluation mode, as by model.eval()"
     ]
+
+
+def test_lengths_are_drawn(run_here: Run, tmp_path: Path) -> None:
+    """An input that is named as lengths is drawn as some, and is then the session's."""
+    lengths = ("--input", "lengths:int64:batch")
+    done = run_here("export", "badnet:Packs", *INPUT, *lengths, "--name", "net", "--out", "out")
+    assert done.returncode == 0, done
+    manifest = Bundle.open(tmp_path / "out" / "net" / "1").manifest
+    assert list(manifest.arguments) == ["x", "lengths"]
+    assert [port.name for port in (*manifest.inputs, *manifest.contexts)] == ["x"]

@@ -81,6 +81,8 @@ ACCEPTED = {
     "given twice": (Given(given, given), (X, LENGTHS)),
     "given, tokens": (Given(given, tokens=True), (NO_ZEROS, torch.tensor([4, 3]))),
     "whole, a tensor": (Alone(lambda x: torch.full((x.shape[0],), x.shape[1]), largest=True), X),
+    "whole, a list": (Alone(lambda x: [x.shape[1]] * x.shape[0], largest=True), X),
+    "whole, listed": (Alone(lambda x: [x.size(1) for _ in range(len(x))]), X),
     "whole, computed": (Alone(lambda x: (x >= 0).sum(1), tokens=True), ZEROS),
 }
 
