@@ -1,6 +1,7 @@
 """What both benchmarks take on their command lines."""
 
 import argparse
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from bench.plan import Options
 
 def arguments(what: str) -> argparse.ArgumentParser:
     """A parser with the flags that change how much is measured."""
+    # Told to stop, a benchmark ends its servers, as it does on Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=what)
     parser.add_argument("--sessions", type=int, nargs="+")
     parser.add_argument("--rounds", type=int)
