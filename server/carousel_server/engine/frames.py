@@ -11,6 +11,8 @@ Piece = tuple[tuple[Array, ...], int, int]
 class Frames:
     """A queue of frames, one array for each model input `[frames, …]` in every chunk."""
 
+    __slots__ = ("_chunks", "_count", "_skip")
+
     def __init__(self) -> None:
         self._chunks: list[tuple[tuple[Array, ...], int]] = []
         self._skip = 0

@@ -11,7 +11,7 @@ LOOKAHEAD = PolicyKind.POLICY_KIND_LOOKAHEAD
 FULL = PolicyKind.POLICY_KIND_FULL
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Blocking:
     """A policy as a rule for blocks.
 

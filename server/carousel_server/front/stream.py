@@ -53,7 +53,7 @@ class _Held:
     session: Session
     # Of its model.
     version: str
-    inputs: list[str]
+    inputs: tuple[str, ...]
 
 
 class StreamCall:
@@ -216,7 +216,7 @@ class StreamCall:
             acknowledged=_acknowledged(asked),
             owner=self._owner,
         )
-        self._held[session.id] = _Held(session, model.version, [port.name for port in model.spec.inputs])
+        self._held[session.id] = _Held(session, model.version, model.spec.input_names)
         session.taken()
 
     def _opened(self, event: Taken) -> Opened:
