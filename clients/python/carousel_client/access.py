@@ -6,10 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
+from urllib.parse import quote
 
 import grpc
 
 from carousel_client.errors import InvalidArgument
+
+# A call's session, percent-encoded: what a proxy before several servers can hash on, so that a session finds the server
+# that has it in memory. Servers do not look at it.
+SESSION_KEY = "carousel-session-id"
 
 # A file, or what is in it.
 Pem = str | PathLike[str] | bytes
@@ -70,10 +75,10 @@ class Access:
             return grpc.aio.insecure_channel(self.target, options)
         return grpc.aio.secure_channel(self.target, credentials, self._with_name(options))
 
-    @property
-    def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Each call's."""
-        return (("authorization", f"Bearer {self.token}"),) if self.token is not None else ()
+    def metadata(self, session_id: str = "") -> tuple[tuple[str, str], ...]:
+        """A call's; `session_id` is the session that it is about, of a stream with several the oldest, "" of none."""
+        token = (("authorization", f"Bearer {self.token}"),) if self.token is not None else ()
+        return (*token, (SESSION_KEY, quote(session_id, safe=""))) if session_id else token
 
     def _credentials(self) -> grpc.ChannelCredentials | None:
         """None for a channel that is not encrypted."""

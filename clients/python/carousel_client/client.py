@@ -145,7 +145,7 @@ class Client:
         The bytes are versioned and checksummed, and hold a user's data: h and c, frames that wait, the last answers.
         """
         request = GetStateRequest(session_id=session_id)
-        return self._connection.unary(self._connection.stub.GetState, request, timeout).state
+        return self._connection.unary(self._connection.stub.GetState, request, timeout, session_id).state
 
     def put_state(
         self,
@@ -164,7 +164,7 @@ class Client:
         `InvalidArgument` for bytes that were changed.
         """
         request = put_request(state, session_id, version, move, self._connection.max_message_bytes)
-        return self._connection.unary(self._connection.stub.PutState, request, timeout).session
+        return self._connection.unary(self._connection.stub.PutState, request, timeout, session_id).session
 
     def fork(self, session_id: str, *, new_id: str = "", timeout: float | None = None) -> SessionInfo:
         """A second session that goes on from the chunk that one answered last, and knows nothing of it afterwards.
@@ -172,7 +172,7 @@ class Client:
         `session(…, session_id=…, resume=True)` takes it up. `new_id` "" is a random one.
         """
         request = ForkRequest(session_id=session_id, new_session_id=new_id)
-        return self._connection.unary(self._connection.stub.Fork, request, timeout).session
+        return self._connection.unary(self._connection.stub.Fork, request, timeout, session_id).session
 
     def sessions(self, *, model: str = "", timeout: float | None = None) -> list[SessionInfo]:
         """This client's own sessions on the server, by id; `model` "" is every one's. `timeout` bounds each page."""

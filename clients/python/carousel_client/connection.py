@@ -100,12 +100,14 @@ class Connection:
     def streams(self) -> list[StreamState]:
         return [link.stream for link in self._links]
 
-    def unary(self, method: Callable[..., Response], request: object, timeout: float | None) -> Response:
-        """One unary call. Raises `CarouselError`."""
+    def unary(
+        self, method: Callable[..., Response], request: object, timeout: float | None, session_id: str = ""
+    ) -> Response:
+        """One unary call, about a session if one is named. Raises `CarouselError`."""
         if self._closed:
             raise closed_error()
         try:
-            response = method(request, timeout=timeout, metadata=self._settings.access.metadata)
+            response = method(request, timeout=timeout, metadata=self._settings.access.metadata(session_id))
         except grpc.RpcError as error:
             raise from_rpc(error, self.target, connected=self._connected) from None
         self._connected = True
@@ -241,7 +243,9 @@ class Connection:
 
     def _call(self, link: _Link, stream: StreamState) -> CarouselError:
         """One call from its beginning to its end, and what ended it."""
-        link.call = link.stub.Stream(self._requests(stream, stream.outbox), metadata=self._settings.access.metadata)
+        with self._condition:
+            metadata = self._settings.access.metadata(stream.oldest)
+        link.call = link.stub.Stream(self._requests(stream, stream.outbox), metadata=metadata)
         try:
             for response in link.call:
                 now = time.monotonic()

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
-from grpc_status import rpc_status
 
 
 class CarouselError(Exception):
@@ -145,9 +145,9 @@ def from_rpc(error: grpc.RpcError, target: str, *, connected: bool) -> CarouselE
 
     `connected`: a server has answered there before.
     """
-    if (status := rpc_status.from_call(error)) is not None:
-        return from_status(status)
     assert isinstance(error, grpc.Call | grpc.aio.AioRpcError), "a failed RPC has a code"
+    if (status := _said(error)) is not None:
+        return from_status(status)
     code, details = error.code(), error.details() or ""
     if code is grpc.StatusCode.UNAVAILABLE:
         if connected:
@@ -155,6 +155,17 @@ def from_rpc(error: grpc.RpcError, target: str, *, connected: bool) -> CarouselE
         why = f"no connection to {target} ({_why(details)})"
         return Unavailable(f"{why}; check the address, and that a server runs there")
     return _BY_CODE.get(code.value[0], CarouselError)(f"{target} answered {code.name}: {details}")
+
+
+def _said(error: grpc.Call | grpc.aio.AioRpcError) -> status_pb2.Status | None:
+    """The server's own words. The call may have another code: a proxy that has passed them on may reset the stream."""
+    for key, value in error.trailing_metadata() or ():
+        if key == "grpc-status-details-bin":
+            try:
+                return status_pb2.Status.FromString(value)
+            except DecodeError:
+                return None  # not a Carousel server's
+    return None
 
 
 _PLAIN = {

@@ -69,6 +69,11 @@ class StreamState:
         """Nothing more is written once the outbox is empty."""
         return self.finished or (self.retired and not self._members)
 
+    @property
+    def oldest(self) -> str:
+        """The id of the session that has been here for longest; "" where there is none."""
+        return next(iter(self._members), "")
+
     def adopt(self, member: Member) -> None:
         """Put a session on the stream, which may have been on another. Raises `AlreadyExists` for one that is here."""
         if member.session.id in self._members:

@@ -72,13 +72,13 @@ class Connection:
         return [link.stream for link in self._links]
 
     async def unary(
-        self, method: Callable[..., Awaitable[Response]], request: object, timeout: float | None
+        self, method: Callable[..., Awaitable[Response]], request: object, timeout: float | None, session_id: str = ""
     ) -> Response:
-        """One unary call. Raises `CarouselError`."""
+        """One unary call, about a session if one is named. Raises `CarouselError`."""
         if self._closed.is_set():
             raise closed_error()
         try:
-            response = await method(request, timeout=timeout, metadata=self._settings.access.metadata)
+            response = await method(request, timeout=timeout, metadata=self._settings.access.metadata(session_id))
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error, self.target, connected=self._connected) from None
         self._connected = True
@@ -202,7 +202,7 @@ class Connection:
 
     async def _call(self, link: _Link, stream: StreamState) -> CarouselError:
         """One call from its beginning to its end, and what ended it."""
-        call = link.call = link.stub.Stream(metadata=self._settings.access.metadata)
+        call = link.call = link.stub.Stream(metadata=self._settings.access.metadata(stream.oldest))
         writer = asyncio.create_task(self._write(link, stream, stream.outbox, call), name="carousel-writer")
         try:
             async for response in call:
