@@ -10,7 +10,7 @@ TORCH_INDEX_URL ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 PACKAGES := $(foreach room,protos export server client cli,-p carousel_$(room))
 
-.PHONY: help run serve test lint format systems bench bench-quick bench-peers figures protos clean
+.PHONY: help run serve test haproxy lint format systems bench bench-quick bench-peers figures protos clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -31,8 +31,14 @@ run: $(READY) ## The main job, end to end on a real model: export, prove, serve,
 serve: $(READY) ## Keep a server up on the example's model; prints the line that streams to it
 	@$(BIN)/python -m examples.pinyin.run --serve
 
-test: $(READY) lint ## Lint, then every test, on real servers
+test: $(READY) haproxy lint ## Lint, then every test, on real servers
 	@$(BIN)/python -m pytest -q --numprocesses 2 --dist loadgroup
+
+haproxy:
+	@PATH="$$PATH:/usr/sbin:/usr/local/sbin"; command -v haproxy > /dev/null \
+		|| { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && echo "installing haproxy" && apt-get update -qq \
+		&& DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends haproxy > /dev/null; } \
+		|| echo "there is no haproxy, which tests/durability/test_rolling.py needs: apt-get install haproxy" >&2
 
 lint: $(READY) ## Style, strict types, import boundaries, stale generated code
 	@$(BIN)/ruff check

@@ -1,6 +1,7 @@
 """`carousel serve` as a process of its own, on an ephemeral port."""
 
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -36,16 +37,19 @@ class ServerProcess:
 
     def stop(self) -> int:
         """SIGTERM, and the exit code."""
+        return self.end(signal.SIGTERM)
+
+    def end(self, how: signal.Signals) -> int:
+        """A signal that ends it, and the exit code."""
         if self._process.poll() is None:
-            self._process.terminate()
+            self._process.send_signal(how)
         code = self._process.wait(30)
         self._reader.join()
         return code
 
     def kill(self) -> None:
         """SIGKILL."""
-        self._process.kill()
-        self.stop()
+        self.end(signal.SIGKILL)
 
     def _read(self) -> None:
         assert self._process.stderr is not None
