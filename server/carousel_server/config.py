@@ -49,11 +49,11 @@ class Limits:
     max_pending_rows: int = 4_096
     # Bytes of context that the open sessions of one model may hold together.
     max_context_bytes: int = 1024**3
-    # Rows of one step, and its frames with all padding; a single row may have more.
+    # Rows of one step, and its frames with all padding, which bound how long it takes; a single row may have more.
     max_batch: int = 64
-    max_step_frames: int = 32_768
+    max_step_frames: int = 1_024
     # Frames of a causal chunk that are run at once; a longer chunk takes several steps.
-    max_block_frames: int = 512
+    max_block_frames: int = 128
     # Seconds after which a session that nobody uses is forgotten.
     idle_timeout_s: float = 600.0
     # Seconds after which it leaves memory, where there is a store to keep it until then.

@@ -44,6 +44,7 @@ def _file(flag: str, field: str, help: str) -> Callable[[Any], Any]:  # noqa: A0
 @click.option("--spinning/--no-spinning", default=False, show_default=True, help="Whether those threads wait awake.")
 @_option("--loop", "loop", "The event loop.", click.Choice(get_args(EventLoop)))
 @_option("--max-batch", "max_batch", "Sessions in one model call.")
+@_option("--max-step-frames", "max_step_frames", "Frames of all rows of one model call, which bound how long it takes.")
 @_option("--max-sessions", "max_sessions", "Open sessions.")
 @_option("--max-message-bytes", "max_message_bytes", "Bytes of one message.")
 @_option("--max-chunk-frames", "max_chunk_frames", "Frames of one chunk, or of a row of an infer call.")
