@@ -35,6 +35,10 @@ class ServerProcess:
         assert found is not None, self.log
         return found[1]
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def stop(self) -> int:
         """SIGTERM, and the exit code."""
         return self.end(signal.SIGTERM)
