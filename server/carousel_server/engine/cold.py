@@ -4,11 +4,12 @@ import asyncio
 import logging
 import time
 from dataclasses import replace
+from itertools import takewhile
 from weakref import WeakValueDictionary
 
 from carousel_server.config import Limits
 from carousel_server.engine.catalogue import Catalogue
-from carousel_server.engine.events import Sink
+from carousel_server.engine.events import Failure, Sink
 from carousel_server.engine.keeper import TOMBSTONE_S, Keeper, has_expired
 from carousel_server.engine.portable import unseal
 from carousel_server.engine.resident import Resident
@@ -40,18 +41,18 @@ class ColdSessions:
         self._catalogue = catalogue
         self._keeper = keeper
         self._limits = limits
-        # Those that a stream holds; it asks for no resume before its next chunk.
-        self._held: dict[str, Sink] = {}
+        # Those that a stream holds, by when they were used last, the first to leave first: a stream asks for no resume
+        # before its next chunk.
+        self._held: dict[Sink, dict[str, float]] = {}
         # One at a time takes up a session.
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     def held(self, session_id: str, sink: Sink) -> bool:
         """Whether this stream holds the session, which has left memory meanwhile."""
-        return self._held.get(session_id) is sink
+        return session_id in self._held.get(sink, ())
 
     def detach(self, sink: Sink) -> None:
-        for session_id in [session_id for session_id, holder in self._held.items() if holder is sink]:
-            del self._held[session_id]
+        self._held.pop(sink, None)
 
     async def read(self, session_id: str, owner: str) -> Record | None:
         """What the store has of a live session. Raises `NotOwnerError`, `StoreError`."""
@@ -84,11 +85,18 @@ class ColdSessions:
                 raise AlreadyExistsError(f"session {session_id} is open already; resume it, or choose another id")
 
     async def bring_held(self, session_id: str, sink: Sink, owner: str) -> None:
-        """Have a session in memory again for the stream that holds it; see `bring`."""
+        """Have a session in memory again for the stream that holds it; see `bring`. Where that fails, none holds it."""
+        if not self.held(session_id, sink):
+            return  # it expired meanwhile, and the stream was told
+        self._release(session_id, sink)
         await self.bring(session_id, owner, resume=True)
-        self._held.pop(session_id, None)
         if (resident := self._sessions.peek(session_id)) is not None and resident.session.sink is None:
             self._sessions.resume(resident, sink, time.monotonic(), resident.session.holder)
+
+    def _release(self, session_id: str, sink: Sink) -> None:
+        del self._held[sink][session_id]
+        if not self._held[sink]:
+            del self._held[sink]
 
     async def _claim(self, session_id: str) -> None:
         here = self._sessions.peek(session_id)
@@ -146,7 +154,10 @@ class ColdSessions:
         return bool(holder) and unseal(record.payload).holder == holder
 
     async def sweep(self, now: float) -> None:
-        """Those unused for long leave memory, and as many more as it is too full by; the store forgets what expired."""
+        """Those unused for long leave memory, and as many more as it is too full by; the store forgets what expired,
+        and so do the streams.
+        """
+        self._expire_held(now)
         residents = sorted(self._sessions.all(), key=lambda resident: resident.last_used)
         surplus = len(residents) - int(_HIGH * self._limits.max_sessions)
         for number, resident in enumerate(residents):
@@ -160,6 +171,17 @@ class ColdSessions:
         except StoreError as error:
             log.warning("%s; it is swept later", error)
 
+    def _expire_held(self, now: float) -> None:
+        """Tell the streams of sessions that nobody used for too long, as of those in memory."""
+        limit = self._limits.idle_timeout_s
+        for sink, left in list(self._held.items()):
+            for session_id in list(takewhile(lambda name: now - left[name] >= limit, left)):  # noqa: B023 (used up here)
+                self._release(session_id, sink)
+                error = SessionExpiredError(
+                    f"session {session_id} expired after {limit:g} s without use; open a new one"
+                )
+                sink.deliver(Failure(session_id, error))
+
     def _evict(self, resident: Resident) -> None:
         session = resident.session
         if not session.idle or session.queued or self._sessions.peek(session.id) is not resident:
@@ -168,7 +190,7 @@ class ColdSessions:
             self._keeper.save(session)  # and it leaves when it is looked at next, if nobody used it meanwhile
             return
         if session.sink is not None:
-            self._held[session.id] = session.sink
+            self._held.setdefault(session.sink, {})[session.id] = resident.last_used
         self._keeper.leave(session)
         self._sessions.evict(resident)
 

@@ -25,7 +25,7 @@ from carousel_server import faults
 from carousel_server.engine.codec import decode, fill_result
 from carousel_server.engine.engine import Engine
 from carousel_server.engine.events import Event, Failure, Result, Taken
-from carousel_server.engine.session import Session
+from carousel_server.engine.policy import Blocking
 from carousel_server.engine.spec import Port
 from carousel_server.errors import CarouselError, DrainingError, InvalidError, TooLargeError
 from carousel_server.front.guard import caller
@@ -48,12 +48,14 @@ Answer = tuple[Result, Sequence[Port]]
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """A session that the stream holds or waits for."""
+    """A session that the stream holds or waits for, in memory or not; so it keeps nothing of it."""
 
-    session: Session
-    # Of its model.
     version: str
+    variant: str
+    blocking: Blocking
+    # Names.
     inputs: tuple[str, ...]
+    outputs: Sequence[Port]
 
 
 class StreamCall:
@@ -102,7 +104,7 @@ class StreamCall:
             size = _ITEM_BYTES
             for data in event.data:
                 size += len(data) if data is not None else 0
-            self._send((event, self._held[event.session_id].session.outputs), size)
+            self._send((event, self._held[event.session_id].outputs), size)
         elif isinstance(event, Taken):
             self._send(ResponseItem(opened=self._opened(event)))
         elif isinstance(event, Failure):
@@ -216,7 +218,9 @@ class StreamCall:
             acknowledged=_acknowledged(asked),
             owner=self._owner,
         )
-        self._held[session.id] = _Held(session, model.version, model.spec.input_names)
+        self._held[session.id] = _Held(
+            model.version, session.variant, session.blocking, model.spec.input_names, session.outputs
+        )
         session.taken()
 
     def _opened(self, event: Taken) -> Opened:
@@ -225,9 +229,9 @@ class StreamCall:
             session_id=event.session_id,
             epoch=event.epoch,
             next_index=event.next_index,
-            policy=held.session.blocking.message(),
+            policy=held.blocking.message(),
             version=held.version,
-            variant=held.session.variant,
+            variant=held.variant,
             window=self._engine.window,
         )
 
