@@ -1,4 +1,4 @@
-"""A server's memory while sessions are opened, streamed, left alone, found again and forgotten, for as long as asked."""
+"""A server's memory while sessions are opened, streamed, left alone, found again and forgotten."""
 
 import asyncio
 import random
@@ -74,10 +74,13 @@ class LastingStream:
 
     def __init__(self, stub: CarouselStub) -> None:
         self._call = stub.Stream()
+        # gRPC takes one write at a time.
+        self._writing = asyncio.Lock()
         self._reader = asyncio.create_task(self._read())
 
     async def send(self, *items: pb.RequestItem) -> None:
-        await self._call.write(pb.StreamRequest(items=items))
+        async with self._writing:
+            await self._call.write(pb.StreamRequest(items=items))
 
     async def _read(self) -> None:
         while await self._call.read() is not grpc.aio.EOF:

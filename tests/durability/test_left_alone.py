@@ -23,7 +23,7 @@ async def test_a_cold_session_that_expires_is_told_and_leaves_nothing(server: Se
         for name in ("a", "b"):
             await stream.send(open_item(name, "speaker"), chunk_item(name, 0, [1, 2]))
             assert [(await stream.receive()).WhichOneof("item") for _ in range(2)] == ["opened", "result"]
-        while server.engine.sessions.peek("a") or server.engine.sessions.peek("b"):
+        while server.engine.sessions.peek("a") or server.engine.sessions.peek("b"):  # noqa: ASYNC110 (no event tells)
             await asyncio.sleep(0.02)
         for _ in range(2):
             failed = (await stream.receive()).failed

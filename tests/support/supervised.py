@@ -25,19 +25,24 @@ def _free_port() -> int:
 class Supervised:
     """Restarts `carousel serve` until it is told to stop; `deaths` counts the times that SIGKILL ended it."""
 
-    def __init__(self, models: Path, options: list[str], faults: Callable[[], str]) -> None:
+    def __init__(self, models: Path, options: list[str], faults: Callable[[], str], log: Path | None) -> None:
         self.address = f"127.0.0.1:{_free_port()}"
         self.deaths = 0
         self._command = [str(CAROUSEL), "serve", "--models", str(models)]
         self._command += ["--listen", self.address, "--drain-timeout", "0.5", "--log-level", "warning", *options]
         self._faults = faults
+        self._log = log
         self._stopping = False
         self._process = self._start()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(self._command, env=os.environ | {"CAROUSEL_FAULT": self._faults()})
+        environment = os.environ | {"CAROUSEL_FAULT": self._faults()}
+        if self._log is None:
+            return subprocess.Popen(self._command, env=environment)
+        with self._log.open("ab") as log:
+            return subprocess.Popen(self._command, env=environment, stderr=log)
 
     def _watch(self) -> None:
         while True:
@@ -70,8 +75,11 @@ class Supervised:
 
 
 @contextmanager
-def supervised(models: Path, *options: str, faults: Callable[[], str] = lambda: "") -> Iterator[Supervised]:
-    server = Supervised(models, list(options), faults)
+def supervised(
+    models: Path, *options: str, faults: Callable[[], str] = lambda: "", log: Path | None = None
+) -> Iterator[Supervised]:
+    """A server until the block ends; all that it logs goes to `log`, where one is given."""
+    server = Supervised(models, list(options), faults, log)
     try:
         server.wait_until_served()
         yield server
