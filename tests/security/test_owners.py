@@ -100,10 +100,9 @@ async def test_a_state_is_its_owners(engine: Engine):
         with pytest.raises(NotOwnerError, match="session s is not yours"):
             await asked
     await engine.fork("s", "branch", owner="anna")
-    assert (await engine.put_state(state, session_id="copy", owner="ben")).session.owner == "ben"
+    await engine.put_state(state, session_id="copy", owner="ben")
 
-    def listed(owner: str) -> list[str]:
-        found = engine.list_sessions(model="", after="", most=9, owner=owner)
-        return [resident.session.id for resident, _ in found]
+    async def listed(owner: str) -> list[str]:
+        return [view.session_id for view in await engine.list_sessions(model="", after="", most=9, owner=owner)]
 
-    assert (listed("anna"), listed("ben"), listed("")) == (["branch", "s"], ["copy"], [])
+    assert (await listed("anna"), await listed("ben"), await listed("")) == (["branch", "s"], ["copy"], [])

@@ -2,12 +2,14 @@
 
 import asyncio
 import time
+from uuid import uuid4
 
 from numpy import int32
 from numpy.typing import NDArray
 
 from carousel_protos.v1.manifest_pb2 import Policy
 from carousel_server.config import ServerConfig
+from carousel_server.engine.asked import Asked
 from carousel_server.engine.catalogue import Catalogue, Entry
 from carousel_server.engine.cold import ColdSessions
 from carousel_server.engine.events import Sink
@@ -18,8 +20,10 @@ from carousel_server.engine.resident import Resident
 from carousel_server.engine.session import Session
 from carousel_server.engine.sessions import Sessions
 from carousel_server.engine.spec import Array
-from carousel_server.errors import CarouselError, DrainingError, SessionDiffersError, shorten
+from carousel_server.engine.view import SessionView
+from carousel_server.errors import CarouselError, DrainingError
 from carousel_server.store.open_store import open_store
+from carousel_server.store.store import Record
 
 # Seconds between two looks for idle sessions, at most.
 _SWEEP_S = 5.0
@@ -80,28 +84,52 @@ class Engine:
         `owner` is who asks, here and below: a session is only its owner's.
         """
         now = time.monotonic()
-        there = self.sessions.reopened(session_id, owner, resume=resume, holder=holder, epoch=epoch)
-        if there is not None:
-            _check_same(there, model, version, policy)
-            self.sessions.resume(there, sink, now, holder)
-            there.session.acknowledge(acknowledged)
-            return there.session, there.model
-        self._refuse_if_draining()
-        served = self.catalogue.get(model, version)
-        resident = self.sessions.open(
-            served, session_id, policy, initial_state, context, sink, now, variant=variant, owner=owner, holder=holder
+        asked = Asked(
+            session_id=session_id,
+            owner=owner,
+            model=model,
+            version=version,
+            policy=policy,
+            resume=resume,
+            holder=holder,
+            epoch=epoch,
         )
-        return resident.session, served
+        resident = self.sessions.reopened(asked)
+        if resident is not None:
+            asked.check_same(resident.model.name, resident.model.version, resident.session.blocking)
+            self.sessions.resume(resident, sink, now, holder)
+            resident.session.acknowledge(acknowledged)
+        else:
+            self._refuse_if_draining()
+            served = self.catalogue.get(model, version)
+            resident = self.sessions.open(
+                served,
+                session_id,
+                policy,
+                initial_state,
+                context,
+                sink,
+                now,
+                variant=variant,
+                owner=owner,
+                holder=holder,
+            )
+        if self.cold is not None:
+            self.cold.taken(resident.session.id, sink)
+        return resident.session, resident.model
 
-    async def bring(self, session_id: str, *, owner: str, resume: bool, holder: str) -> None:
-        """Have what the store knows of a session in memory, for `open`; see `ColdSessions.bring`."""
-        if self.cold is not None and session_id:
-            await self.cold.bring(session_id, owner, resume=resume, holder=holder)
+    async def bring(self, asked: Asked) -> None:
+        """Have what the store knows of a session in memory, and room for a new one, for `open`.
 
-    async def bring_held(self, sink: Sink, session_id: str, *, owner: str) -> None:
+        See `ColdSessions.bring`.
+        """
+        if self.cold is not None:
+            await self.cold.bring(asked)
+
+    async def bring_held(self, sink: Sink, session_id: str) -> None:
         """Have a session in memory again that this stream holds, for `submit` and `close`."""
         if self.cold is not None:
-            await self.cold.bring_held(session_id, sink, owner)
+            await self.cold.bring_held(session_id, sink)
 
     def is_cold(self, sink: Sink, session_id: str) -> bool:
         """Whether a session that this stream holds has left memory: `bring_held` has it back."""
@@ -133,16 +161,12 @@ class Engine:
 
     async def get_state(self, session_id: str, *, owner: str = "") -> bytes:
         """A session's state as of the chunk that it answered last, sealed; it goes on meanwhile."""
-        if self.cold is not None and self.sessions.peek(session_id) is None:
-            record = await self.cold.read(session_id, owner)
-            if record is not None:
-                return record.payload
-        resident = self.sessions.find(session_id, owner)
-        return resident.model.snapshot(resident.session)
+        found = await self._look(session_id, owner)
+        return found.payload if isinstance(found, Record) else found.model.snapshot(found.session)
 
     async def put_state(
         self, data: bytes, *, session_id: str = "", version: str = "", move: bool = False, owner: str = ""
-    ) -> Resident:
+    ) -> SessionView:
         """A new session that goes on from a state, to be resumed by a stream.
 
         An empty id or version is the state's own; `move` takes it to a model of the same signature that computes
@@ -151,31 +175,47 @@ class Engine:
         self._refuse_if_draining()
         state = unseal(data)
         served = self.catalogue.get(state.model, version or state.version)
-        await self.bring(session_id or state.session_id, owner=owner, resume=False, holder="")
+        await self.bring(Asked(session_id=session_id or state.session_id, owner=owner))
         resident = self.sessions.put(served, session_id, state, time.monotonic(), owner=owner, move=move)
         return await self._kept(resident)
 
-    async def fork(self, session_id: str, new_session_id: str, *, owner: str = "") -> Resident:
+    async def fork(self, session_id: str, new_session_id: str, *, owner: str = "") -> SessionView:
         """A second session that goes on from the chunk that one answered last, to be resumed by a stream."""
         self._refuse_if_draining()
-        await self.bring(new_session_id, owner=owner, resume=False, holder="")
-        if self.sessions.peek(session_id) is None:
-            await self.bring(session_id, owner=owner, resume=True, holder="")
-        resident = self.sessions.find(session_id, owner)
-        return await self._kept(self.sessions.fork(resident, new_session_id, time.monotonic()))
+        new_session_id = new_session_id or uuid4().hex
+        await self.bring(Asked(session_id=new_session_id, owner=owner))
+        found = await self._look(session_id, owner)
+        now = time.monotonic()
+        if isinstance(found, Record):  # which stays where it is
+            served = self.catalogue.get(found.model, found.version)
+            resident = self.sessions.put(served, new_session_id, unseal(found.payload), now, owner=owner)
+        else:
+            resident = self.sessions.fork(found, new_session_id, now)
+        return await self._kept(resident)
 
-    async def _kept(self, resident: Resident) -> Resident:
+    async def _look(self, session_id: str, owner: str) -> Record | Resident:
+        """A live session, in memory or in the store. Raises what `Sessions.find` and `ColdSessions.look` raise."""
+        found = await self.cold.look(session_id, owner) if self.cold is not None else None
+        return found if isinstance(found, Record) else self.sessions.find(session_id, owner)
+
+    async def _kept(self, resident: Resident) -> SessionView:
         """A session that no client can open anew by itself: it is written before anybody is told of it."""
+        view = SessionView.of_resident(resident, time.monotonic())
         if self.keeper is not None:
             self.keeper.changed(resident.session)
             await self.keeper.settled(resident.session)
-        return resident
+        return view
 
-    def list_sessions(self, *, model: str, after: str, most: int, owner: str = "") -> list[tuple[Resident, float]]:
-        """The owner's sessions by id, at most `most` of them behind `after`, and the seconds that each is idle."""
+    async def list_sessions(self, *, model: str, after: str, most: int, owner: str = "") -> list[SessionView]:
+        """The owner's sessions by id, at most `most` of them behind `after`, also those that only the store has."""
         now = time.monotonic()
-        residents = self.sessions.page(owner, model, after, most)
-        return [(resident, now - resident.last_used) for resident in residents]
+        here = [SessionView.of_resident(each, now) for each in self.sessions.page(owner, model, after, most)]
+        if self.cold is None:
+            return here
+        beyond = here[-1].session_id if len(here) == most else None
+        cold = await self.cold.views(owner, model, after, most, beyond)
+        views = {view.session_id: view for view in (*here, *cold)}
+        return [views[session_id] for session_id in sorted(views)[:most]]
 
     def idle(self, sink: Sink) -> bool:
         """Whether this stream has been told all that it waits for."""
@@ -250,18 +290,3 @@ class Engine:
             self.sessions.expire(time.monotonic())
             if self.cold is not None:
                 await self.cold.sweep(time.monotonic())
-
-
-def _check_same(resident: Resident, model: str, version: str, policy: Policy | None) -> None:
-    """Raise `SessionDiffersError` where a resume names another model, version or policy than the session has."""
-    has = resident.model
-    kind = resident.session.blocking.kind
-    if model not in ("", has.name) or version not in ("", has.version):
-        raise SessionDiffersError(
-            f"session {resident.session.id} is on version {has.version} of {has.name}, not on {shorten(version)} of "
-            f"{shorten(model)}; resume it as it is, or open a new one"
-        )
-    if policy is not None and policy.kind not in (0, kind):
-        raise SessionDiffersError(
-            f"session {resident.session.id} runs under {resident.session.blocking}; leave policy out"
-        )

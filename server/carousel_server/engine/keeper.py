@@ -7,15 +7,14 @@ Sessions that moved are written together, all that moved while the last commit w
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 from carousel_server import faults
 from carousel_server.engine.events import Event, Sink
 from carousel_server.engine.model import Model
 from carousel_server.engine.session import Session
-from carousel_server.errors import CarouselError, FencedError, StoreError
+from carousel_server.errors import CarouselError, FencedError, StepError, StoreError
 from carousel_server.store.store import Record, Store
 
 log = logging.getLogger("carousel")
@@ -34,19 +33,25 @@ class _Entry:
 
     session: Session
     model: Model
-    # The stream that is told; that of a session that closed, from before it closed.
-    sink: Sink | None
+    # When it moved, of those moves that are not written the first, in seconds of the monotonic clock.
+    since: float
     events: list[tuple[Sink, Event]] = field(default_factory=list)
     waiters: list[asyncio.Future[None]] = field(default_factory=list)
-    # Taken when the session was closed, since its state row is then given to others.
+    # Taken when the session ended, since its state row is then given to others; and the stream that had it until then.
     tombstone: Record | None = None
+    sink: Sink | None = None
+
+    @property
+    def told(self) -> Sink | None:
+        """The stream that is told what came of it."""
+        return self.sink if self.session.closed else self.session.sink
 
 
 class Keeper:
-    """`each_step`: every move is written before it is told; or else only what `save` asks for.
+    """`each_step`: every move is written before it is told; or else only what `save` asks for, and what ends.
 
     A commit that the store does not take within `patience_s` loses its sessions here: `on_lost` is told, and what the
-    store has is the truth. Use within one event loop.
+    store has is the truth. Without `each_step` they stay, since memory is the truth. Use within one event loop.
     """
 
     def __init__(
@@ -63,11 +68,12 @@ class Keeper:
         self._lifetime_s = lifetime_s
         self._patience_s = patience_s
         self._on_lost = on_lost
+        # Of the sessions in memory that have not ended.
         self._models: dict[Session, Model] = {}
         self._moved: dict[Session, _Entry] = {}
         self._writing: dict[Session, _Entry] = {}
-        # A claim is under way for these: what they write has to wait for its epoch.
-        self._paused: set[Session] = set()
+        # Sessions whose end is not written yet.
+        self._ending: dict[str, _Entry] = {}
         self._ready = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -77,9 +83,8 @@ class Keeper:
     async def stop(self) -> None:
         """Write what has moved, and let go of the store."""
         if self._task is not None:
-            while self._moved or self._writing:
-                self._paused.clear()
-                self._ready.set()
+            # Polled: it happens once in a process's life.
+            while self._moved or self._writing:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
             self._task.cancel()
         await self.store.close()
@@ -90,22 +95,40 @@ class Keeper:
         session.outlet = self
 
     def leave(self, session: Session) -> None:
-        """A session is in memory no more; what it was yet to be told is."""
+        """A session is in memory no more, and what is not written of it is not to be."""
         self._models.pop(session, None)
+        if (entry := self._moved.pop(session, None)) is not None:
+            _refuse(entry, FencedError(f"session {session.id} is another server's now"))
+
+    def holds(self, session: Session) -> bool:
+        """Whether something of the session is unwritten, and so untold."""
+        return session in self._moved or session in self._writing
 
     def changed(self, session: Session) -> None:
         session.stored = False
-        if self._each_step:
+        if session not in self._models:
+            return  # it has ended, and only its last answers are taken up once more
+        if session.closed:
+            self.end(session, "closed")
+        elif self._each_step:
             self.save(session)
 
-    def save(self, session: Session, *, gone: str = "") -> None:
-        """Write the session as it is; with `gone` as one that is no more, for that reason."""
-        if (entry := self._moved.get(session)) is None:
-            entry = self._moved[session] = _Entry(session, self._models[session], session.sink)
-        entry.sink = session.sink
-        if gone or session.closed:
-            entry.tombstone = self._record(entry, gone or "closed")
+    def save(self, session: Session) -> None:
+        """Write the session as it is."""
+        if session not in self._moved:
+            self._moved[session] = _Entry(session, self._models[session], time.monotonic())
         self._ready.set()
+
+    def end(self, session: Session, gone: str) -> None:
+        """The session is no more, for that reason, which is written where the store knows of it."""
+        if self._each_step or session.known_epoch or self.holds(session):
+            self.save(session)
+            entry = self._ending[session.id] = self._moved[session]
+            entry.tombstone = self._record(entry, gone)
+            for each in (entry, self._writing.get(session)):
+                if each is not None:
+                    each.sink = session.sink
+        del self._models[session]
 
     def deliver(self, session: Session, event: Event) -> None:
         if session.sink is None:
@@ -123,19 +146,14 @@ class Keeper:
     async def settled(self, session: Session) -> None:
         """Come back when nothing of the session is unwritten. Raises what lost it."""
         while (entry := self._moved.get(session) or self._writing.get(session)) is not None:
-            waiter = asyncio.get_running_loop().create_future()
-            entry.waiters.append(waiter)
-            await waiter
+            await _written(entry)
 
-    @contextmanager
-    def paused(self, session: Session) -> Iterator[None]:
-        """Write nothing of the session meanwhile."""
-        self._paused.add(session)
-        try:
-            yield
-        finally:
-            self._paused.discard(session)
-            self._ready.set()
+    async def ended(self, session_id: str) -> bool:
+        """Come back when no session of that name is about to end; whether one was. Raises what prevented it."""
+        if (entry := self._ending.get(session_id)) is None:
+            return False
+        await _written(entry)
+        return True
 
     async def _turn_forever(self) -> None:
         while True:
@@ -149,64 +167,95 @@ class Keeper:
     def _next(self) -> list[_Entry]:
         """What is written together: one entry of an id, which a closed session may share with the next of that name."""
         chosen: dict[str, _Entry] = {}
-        for session, entry in self._moved.items():
+        for entry in self._moved.values():
             if len(chosen) == _BATCH:
                 break
-            if session not in self._paused:
-                chosen.setdefault(session.id, entry)
+            chosen.setdefault(entry.session.id, entry)
         for entry in chosen.values():
             del self._moved[entry.session]
         return list(chosen.values())
 
     async def _write(self, entries: list[_Entry]) -> None:
-        records = [entry.tombstone or self._record(entry) for entry in entries]
-        for entry in entries:
+        records = self._records(entries)
+        for entry in records:
             entry.session.stored = True  # unless it moves again meanwhile
-        deadline, delay = time.monotonic() + self._patience_s, _RETRY_S
-        while True:
+        delay = _RETRY_S
+        while records:
             try:
-                refused = await self.store.commit(records)
+                refused = await self.store.commit(list(records.values()))
                 break
             except StoreError as error:
-                if time.monotonic() + delay > deadline:
-                    log.error("%d sessions leave memory, since they cannot be written: %s", len(entries), error)
-                    for entry in entries:
-                        self._lose(entry, error)
-                    return
-                log.warning("%s; trying again", error)
+                log.warning("%s; %d sessions wait to be written", error, len(records) + len(self._moved))
+                records = self._patient(records, time.monotonic() + delay, error)
+            except Exception:
+                # A fault of ours, which must not stop the writing for everybody.
+                log.exception("a commit failed")
+                for entry in records:
+                    self._lose(entry, StoreError("the session could not be written; resume it"))
+                return
             await asyncio.sleep(delay)
             delay = min(2 * delay, _RETRY_MOST_S)
         faults.reach("after-commit")
-        for entry in entries:
-            if entry.session.id in refused:
-                name = entry.session.id
+        for entry, record in records.items():
+            name = entry.session.id
+            if name in refused:
                 self._lose(
                     entry, FencedError(f"another server has taken session {name} over; resume it to take it back")
                 )
             else:
+                entry.session.known_epoch = record.epoch
                 self._tell(entry)
 
+    def _records(self, entries: list[_Entry]) -> dict[_Entry, Record]:
+        """What is to be written; a session that cannot be is lost, and stops no other."""
+        records: dict[_Entry, Record] = {}
+        for entry in entries:
+            try:
+                records[entry] = entry.tombstone or self._record(entry)
+            except Exception as error:
+                log.exception("session %s cannot be written", entry.session.id)
+                self._lose(entry, StepError(f"session {entry.session.id} failed ({type(error).__name__})"))
+        return records
+
+    def _patient(self, records: dict[_Entry, Record], now: float, error: StoreError) -> dict[_Entry, Record]:
+        """Those that may be tried again; the others, also of those whose turn has not come, are given up."""
+        overdue = [entry for entry in (*records, *self._moved.values()) if now > entry.since + self._patience_s]
+        if overdue:
+            log.error("%d sessions could not be written: %s", len(overdue), error)
+        for entry in overdue:
+            if entry not in records and self._moved.pop(entry.session, None) is None:
+                continue  # lost with what was to be written before it
+            if self._each_step:
+                self._lose(entry, error)
+            else:
+                entry.session.stored = False
+                _refuse(entry, error)
+                self._tell(entry)
+        return {entry: record for entry, record in records.items() if entry not in overdue}
+
     def _tell(self, entry: _Entry) -> None:
-        there = entry.sink if entry.session.closed else entry.session.sink
-        # What came after a later move waits for that one.
-        later = self._moved.get(entry.session)
+        self._over(entry)
         for sink, event in entry.events:
-            if sink is there:
+            if sink is entry.told:
                 sink.deliver(event)
         for waiter in entry.waiters:
             if not waiter.done():
                 waiter.set_result(None)
-        if later is None and entry.session.closed:
-            self.leave(entry.session)
 
     def _lose(self, entry: _Entry, error: CarouselError) -> None:
+        self._over(entry)
+        told = entry.told
+        self._models.pop(entry.session, None)
         later = self._moved.pop(entry.session, None)
-        self.leave(entry.session)
-        sink = entry.sink if entry.session.closed else entry.session.sink
-        for waiter in (*entry.waiters, *(later.waiters if later is not None else ())):
-            if not waiter.done():
-                waiter.set_exception(error)
-        self._on_lost(entry.session, sink, error)
+        for each in (entry, later) if later is not None else (entry,):
+            self._over(each)
+            _refuse(each, error)
+        self._on_lost(entry.session, told, error)
+
+    def _over(self, entry: _Entry) -> None:
+        self._writing.pop(entry.session, None)
+        if self._ending.get(entry.session.id) is entry:
+            del self._ending[entry.session.id]
 
     def _record(self, entry: _Entry, gone: str = "") -> Record:
         session, model = entry.session, entry.model
@@ -223,6 +272,28 @@ class Keeper:
         )
 
 
+async def _written(entry: _Entry) -> None:
+    waiter = asyncio.get_running_loop().create_future()
+    entry.waiters.append(waiter)
+    await waiter
+
+
+def _refuse(entry: _Entry, error: CarouselError) -> None:
+    for waiter in entry.waiters:
+        if not waiter.done():
+            waiter.set_exception(error)
+
+
+def tombstone(record: Record, gone: str) -> Record:
+    """What is left of a session that is no more."""
+    return replace(record, payload=b"", gone=gone, expires_at=time.time() + TOMBSTONE_S)
+
+
 def has_expired(record: Record) -> bool:
     """Whether a record is only remembered: its session was idle for its lifetime."""
     return not record.gone and time.time() > record.expires_at - TOMBSTONE_S
+
+
+def idle_s(record: Record, lifetime_s: float) -> float:
+    """Seconds since a session was written, where its server's lifetime is this one's."""
+    return max(0.0, time.time() - (record.expires_at - TOMBSTONE_S - lifetime_s))

@@ -71,6 +71,7 @@ class Session:
         "graph",
         "holder",
         "id",
+        "known_epoch",
         "outlet",
         "outputs",
         "owner",
@@ -110,6 +111,8 @@ class Session:
         self.outlet: Outlet | None = None
         # Whether the store has it as it is.
         self.stored = False
+        # The newest epoch in the store that is of this server's making, or from before it: one after that is another's.
+        self.known_epoch = 0
         # In the scheduler's queue or in a step; the model sets it.
         self.queued = False
         self.closed = False

@@ -9,6 +9,7 @@ from uuid import uuid4
 from carousel_protos.v1.manifest_pb2 import Policy
 from carousel_protos.v1.state_pb2 import SessionState
 from carousel_server.config import Limits
+from carousel_server.engine.asked import Asked
 from carousel_server.engine.events import Failure, Sink
 from carousel_server.engine.keeper import Keeper
 from carousel_server.engine.model import Model
@@ -114,14 +115,11 @@ class Sessions:
         session_id = self._free_id(session_id or state.session_id, owner)
         return self._enter(model.restore(session_id, state, owner=owner, move=move), model, now)
 
-    def restore(
-        self, model: Model, session_id: str, state: SessionState, owner: str, epoch: int, now: float
-    ) -> Resident:
+    def restore(self, model: Model, session_id: str, state: SessionState, owner: str, now: float) -> Resident:
         """A session that was written down, as it was. Raises `TooManySessionsError` and what `Model.restore` raises."""
         self._check_room()
-        session = model.restore(session_id, state, owner=owner)
-        resident = self._enter(session, model, now)
-        session.epoch, session.stored = epoch, True
+        resident = self._enter(model.restore(session_id, state, owner=owner), model, now)
+        resident.session.stored = True
         return resident
 
     def remember(self, session_id: str, owner: str, epoch: int, error: CarouselError) -> None:
@@ -173,26 +171,23 @@ class Sessions:
         self._loose_all(self._late.remove(session.id))
         if (gone := self._gone.pop(session.id, None)) is not None:
             session.epoch = max(session.epoch, gone.epoch + 1)
+            session.known_epoch = session.epoch - 1
         self._owned[session.owner] += 1
         if self._keeper is not None:
             self._keeper.enter(session, model)
         resident = self._residents[session.id] = Resident(session, model, now)
         return resident
 
-    def reopened(self, session_id: str, owner: str, *, resume: bool, holder: str, epoch: int | None) -> Resident | None:
-        """The session that an Open takes up, closed ones with answers among them; None where it asks for a new one.
+    def reopened(self, asked: Asked) -> Resident | None:
+        """The session that is taken up, closed ones with answers among them; None where a new one is asked for.
 
-        Raises what `find` raises, and `FencedError` where `epoch` says that the holder had it and another has it now.
+        Raises what `find` and `Asked.takes_up` raise.
         """
-        resident = self._late.get(session_id) or self._residents.get(session_id)
+        resident = self._late.get(asked.session_id) or self._residents.get(asked.session_id)
         if resident is None:
-            return self.find(session_id, owner) if resume else None
-        _check_owner(session_id, resident.session, owner)
-        if holder and holder == resident.session.holder:
-            return resident
-        if epoch is not None:
-            raise FencedError(f"another client has resumed session {session_id}; resume it anew to take it back")
-        return resident if resume else None
+            return self.find(asked.session_id, asked.owner) if asked.resume else None
+        _check_owner(asked.session_id, resident.session, asked.owner)
+        return resident if asked.takes_up(resident.session.holder) else None
 
     def resume(self, resident: Resident, sink: Sink, now: float, holder: str) -> None:
         """Take up a session for another stream; the stream that held it is told that it is fenced.
@@ -207,6 +202,10 @@ class Sessions:
         session.resume(holder)
         resident.model.withdraw(session)
         resident.last_used = now
+
+    def attach(self, resident: Resident, sink: Sink) -> None:
+        """A session that left memory is back for the stream that holds it."""
+        self._attach(resident.session, sink)
 
     def use(self, session_id: str, sink: Sink, now: float, *, owner: str = "") -> Resident:
         """The session, for something that its own stream asks of it.
@@ -286,7 +285,7 @@ class Sessions:
             if session.sink is not None:
                 session.sink.deliver(Failure(session.id, error))
             if self._keeper is not None:
-                self._keeper.save(session, gone="expired")
+                self._keeper.end(session, "expired")
             self._bury(session.id, error)
             resident.model.release(session)
         self._loose_all(self._late.remove_all(lambda late: now - late.last_used >= limit))
@@ -315,13 +314,14 @@ class Sessions:
             self.evict(resident)
         elif (late := self._late.get(session.id)) is not None and late.session is session:
             self._loose_all(self._late.remove(session.id))
-            del self._gone[session.id]
+            self._gone.pop(session.id, None)
         if sink is not None:
             sink.deliver(Failure(session.id, error))
 
     def retire(self, resident: Resident, error: CarouselError) -> None:
         """A session that was restored and turns out to be closed: its client may still ask for its last answers."""
         self._bury(resident.session.id, error)
+        resident.session.close()
         resident.model.release(resident.session)
         self._loose_all(self._late.add(resident))
 

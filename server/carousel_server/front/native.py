@@ -12,7 +12,7 @@ from carousel_server.engine.catalogue import Entry
 from carousel_server.engine.codec import decode, encode
 from carousel_server.engine.engine import Engine
 from carousel_server.engine.model import Model
-from carousel_server.engine.resident import Resident
+from carousel_server.engine.view import SessionView
 from carousel_server.front.guard import Guard, caller
 from carousel_server.front.stream import Context, StreamCall
 
@@ -69,14 +69,14 @@ class NativeServicer(CarouselServicer):
         return pb.GetStateResponse(state=await self._engine.get_state(request.session_id, owner=caller().name))
 
     async def PutState(self, request: pb.PutStateRequest, context: Unary) -> pb.PutStateResponse:  # noqa: ARG002
-        resident = await self._engine.put_state(
+        view = await self._engine.put_state(
             request.state,
             session_id=request.session_id,
             version=request.version,
             move=request.move,
             owner=caller().name,
         )
-        return pb.PutStateResponse(session=_info(resident))
+        return pb.PutStateResponse(session=_info(view))
 
     async def Fork(self, request: pb.ForkRequest, context: Unary) -> pb.ForkResponse:  # noqa: ARG002
         forked = await self._engine.fork(request.session_id, request.new_session_id, owner=caller().name)
@@ -84,10 +84,10 @@ class NativeServicer(CarouselServicer):
 
     async def ListSessions(self, request: pb.ListSessionsRequest, context: Unary) -> pb.ListSessionsResponse:  # noqa: ARG002
         most = min(request.page_size or _PAGE, _PAGE)
-        found = self._engine.list_sessions(
+        found = await self._engine.list_sessions(
             model=request.model, after=request.page_token, most=most + 1, owner=caller().name
         )
-        infos = [_info(resident, idle_s) for resident, idle_s in found[:most]]
+        infos = [_info(view) for view in found[:most]]
         token = infos[-1].session_id if len(found) > most else ""
         return pb.ListSessionsResponse(sessions=infos, next_page_token=token)
 
@@ -112,18 +112,17 @@ class NativeServicer(CarouselServicer):
         return pb.UnloadModelResponse(models=map(_status, entries))
 
 
-def _info(resident: Resident, idle_s: float = 0.0) -> pb.SessionInfo:
-    session = resident.session
+def _info(view: SessionView) -> pb.SessionInfo:
     return pb.SessionInfo(
-        session_id=session.id,
-        model=resident.model.name,
-        version=resident.model.version,
-        variant=session.variant,
-        policy=session.blocking.message(),
-        epoch=session.epoch,
-        next_index=session.next_index,
-        idle_s=idle_s if session.idle else 0.0,
-        attached=session.sink is not None,
+        session_id=view.session_id,
+        model=view.model,
+        version=view.version,
+        variant=view.variant,
+        policy=view.blocking.message(),
+        epoch=view.epoch,
+        next_index=view.next_index,
+        idle_s=view.idle_s,
+        attached=view.attached,
     )
 
 

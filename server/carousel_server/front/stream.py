@@ -22,6 +22,7 @@ from carousel_protos.v1.carousel_pb2 import (
 )
 from carousel_protos.v1.carousel_pb2 import Closed as ClosedMessage
 from carousel_server import faults
+from carousel_server.engine.asked import Asked
 from carousel_server.engine.codec import decode, fill_result
 from carousel_server.engine.engine import Engine
 from carousel_server.engine.events import Event, Failure, Result, Taken
@@ -104,9 +105,11 @@ class StreamCall:
             size = _ITEM_BYTES
             for data in event.data:
                 size += len(data) if data is not None else 0
-            self._send((event, self._held[event.session_id].outputs), size)
+            if (held := self._held.get(event.session_id)) is not None:
+                self._send((event, held.outputs), size)
         elif isinstance(event, Taken):
-            self._send(ResponseItem(opened=self._opened(event)))
+            if (held := self._held.get(event.session_id)) is not None:
+                self._send(ResponseItem(opened=self._opened(event, held)))
         elif isinstance(event, Failure):
             if event.index is None:  # the session is no longer this stream's
                 self._held.pop(event.session_id, None)
@@ -148,7 +151,7 @@ class StreamCall:
         asked = item.chunk if kind == "chunk" else item.open if kind == "open" else item.close
         if self._fetched and asked.session_id in self._fetched:
             self._fetched[asked.session_id].append(item)
-        elif kind == "open" and asked.session_id and self._engine.cold is not None:
+        elif kind == "open" and self._engine.cold is not None:
             self._fetch(item, asked)
         else:
             self._ask(item, kind, asked)
@@ -184,9 +187,9 @@ class StreamCall:
         failed: ResponseItem | None = None
         try:
             if opening is None:
-                await self._engine.bring_held(self, session_id, owner=self._owner)
+                await self._engine.bring_held(self, session_id)
             else:
-                await self._engine.bring(session_id, owner=self._owner, resume=opening.resume, holder=opening.holder)
+                await self._engine.bring(self._asked(opening))
         except CarouselError as error:
             failed = ResponseItem(failed=_failed(session_id, error, None))
         except Exception:  # noqa: BLE001 (one session's fault never ends the stream of the others)
@@ -200,6 +203,19 @@ class StreamCall:
         self._ask(first, first.WhichOneof("item"), opening or (first.chunk if first.HasField("chunk") else first.close))
         for item in waiting:
             self._take(item)
+        self._filled.set()  # a stream that the client has half-closed may be over
+
+    def _asked(self, opening: Open) -> Asked:
+        return Asked(
+            session_id=opening.session_id,
+            owner=self._owner,
+            model=opening.model,
+            version=opening.version,
+            policy=opening.policy if opening.HasField("policy") else None,
+            resume=opening.resume,
+            holder=opening.holder,
+            epoch=opening.epoch if opening.HasField("epoch") else None,
+        )
 
     def _open(self, asked: Open) -> None:
         states = decode(asked.initial_state, ())
@@ -223,8 +239,7 @@ class StreamCall:
         )
         session.taken()
 
-    def _opened(self, event: Taken) -> Opened:
-        held = self._held[event.session_id]
+    def _opened(self, event: Taken, held: _Held) -> Opened:
         return Opened(
             session_id=event.session_id,
             epoch=event.epoch,

@@ -34,8 +34,10 @@ class MemoryStore:
                 self._shelf[record.session_id] = _Held(record, self)
         return refused
 
-    async def claim(self, session_id: str) -> Record | None:
-        if (record := await self.read(session_id)) is not None and not record.gone:
+    async def claim(self, session_id: str, *, epoch: int | None = None) -> Record | None:
+        if (record := await self.read(session_id)) is not None and epoch not in (None, record.epoch):
+            return None
+        if record is not None and not record.gone:
             record = replace(record, epoch=record.epoch + 1)
             self._shelf[session_id] = _Held(record, self)
         return record

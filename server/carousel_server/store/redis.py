@@ -67,6 +67,9 @@ _FIELDS = ("epoch", "owner", "model", "version", "payload", "gone", "expires_at"
 _NAMES = ", ".join(f"'{name}'" for name in _FIELDS)
 _CLAIM = f"""
 local key = ARGV[1] .. 'session:' .. ARGV[4]
+if ARGV[5] ~= '' and redis.call('HGET', key, 'epoch') ~= ARGV[5] then
+  return {{}}
+end
 if redis.call('HGET', key, 'gone') == '' then
   redis.call('HINCRBY', key, 'epoch', 1)
   redis.call('HSET', key, 'holder', ARGV[2], 'write', ARGV[3])
@@ -172,8 +175,10 @@ class RedisStore:
         refused = await self._run(_COMMIT, self._holder, next(self._writes), *fields)
         return {session_id.decode() for session_id in refused}
 
-    async def claim(self, session_id: str) -> Record | None:
-        return _record(session_id, await self._run(_CLAIM, self._holder, next(self._writes), session_id))
+    async def claim(self, session_id: str, *, epoch: int | None = None) -> Record | None:
+        expected = "" if epoch is None else epoch
+        values = await self._run(_CLAIM, self._holder, next(self._writes), session_id, expected)
+        return _record(session_id, values) if values else None
 
     async def read(self, session_id: str) -> Record | None:
         return _record(session_id, await self._call(self._redis.hmget(self._key(session_id), _FIELDS)))

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 from uuid import uuid4
@@ -56,7 +57,7 @@ WHERE session.holder = excluded.holder AND session.epoch <= excluded.epoch
    OR session.gone <> '' AND session.epoch < excluded.epoch
    OR session.expires_at <= ?
 """
-_CLAIM = "UPDATE session SET epoch = epoch + 1, holder = ? WHERE id = ? AND gone = '' AND expires_at > ?"
+_CLAIM = "UPDATE session SET epoch = epoch + 1, holder = ? WHERE id = ?"
 _READ = """
 SELECT id, epoch, owner, model, version, payload, gone, expires_at FROM session WHERE id = ? AND expires_at > ?
 """
@@ -96,12 +97,17 @@ class SqliteStore:
 
         return await self._call(write)
 
-    async def claim(self, session_id: str) -> Record | None:
+    async def claim(self, session_id: str, *, epoch: int | None = None) -> Record | None:
         def take() -> Record | None:
             now = time.time()
             with self._transaction() as run:
-                run(_CLAIM, (self._holder, session_id, now))
-                return _record(run(_READ, (session_id, now)).fetchone())
+                record = _record(run(_READ, (session_id, now)).fetchone())
+                if record is None or epoch not in (None, record.epoch):
+                    return None
+                if record.gone:
+                    return record
+                run(_CLAIM, (self._holder, session_id))
+                return replace(record, epoch=record.epoch + 1)
 
         return await self._call(take)
 

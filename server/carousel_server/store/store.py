@@ -58,10 +58,11 @@ class Store(Protocol):
         """
         ...
 
-    async def claim(self, session_id: str) -> Record | None:
+    async def claim(self, session_id: str, *, epoch: int | None = None) -> Record | None:
         """Become the session's holder and give its record, its epoch raised by one; None where there is none.
 
-        A tombstone is given as it is and changes neither its epoch nor its holder.
+        With `epoch`, only where the record has that one; None where it has another. A tombstone is given as it is and
+        changes neither its epoch nor its holder.
         """
         ...
 
