@@ -96,7 +96,7 @@ class Loop:
 
     def __init__(self, engine: Engine, model: str) -> None:
         self._steps = engine.catalogue.get(model).steps
-        self._call = stream.StreamCall(engine, None, None)  # type: ignore[arg-type] -- nothing is read or written
+        self._call = stream.StreamCall(engine, None)  # type: ignore[arg-type] -- nothing is read or written
         self._names = [f"session-{number}" for number in range(SESSIONS)]
         for name in self._names:
             item = pb.RequestItem(open=pb.Open(session_id=name, model=model, policy=Policy(kind=POLICY_KIND_CARRY)))

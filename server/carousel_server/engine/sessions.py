@@ -212,6 +212,10 @@ class Sessions:
 
         It may be closed, and have answers left. Raises what `find` raises, `FencedError`, `SessionDetachedError`.
         """
+        there = self._residents.get(session_id)
+        if there is not None and there.session.sink is sink:  # which was its owner's when it took it
+            there.last_used = now
+            return there
         late = self._late.get(session_id)
         if late is not None and late.session.sink is sink:
             return late

@@ -32,8 +32,8 @@ class NativeServicer(CarouselServicer):
         # The deadline that streams were told, in Unix milliseconds.
         self._going_away: int | None = None
 
-    async def Stream(self, request_iterator: Any, context: Context) -> None:  # type: ignore[override]
-        call = StreamCall(self._engine, request_iterator, context)
+    async def Stream(self, request_iterator: Any, context: Context) -> None:  # type: ignore[override]  # noqa: ARG002
+        call = StreamCall(self._engine, context)
         self._calls.add(call)
         if self._going_away is not None:
             call.going_away(self._going_away)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -42,7 +42,8 @@ _ITEMS, _TURN = 4096, 128
 # What an item without tensors counts for.
 _ITEM_BYTES = 256
 
-Context = grpc.aio.ServicerContext[StreamRequest, StreamResponse]
+# Requests are read as bytes: a stream parses its own.
+Context = grpc.aio.ServicerContext[bytes, StreamResponse]
 # A result is written into its message when that leaves.
 Answer = tuple[Result, Sequence[Port]]
 
@@ -62,9 +63,8 @@ class _Held:
 class StreamCall:
     """Reads, and beside it writes; it is the sink of the sessions that it holds."""
 
-    def __init__(self, engine: Engine, requests: AsyncIterator[bytes], context: Context) -> None:
+    def __init__(self, engine: Engine, context: Context) -> None:
         self._engine = engine
-        self._requests = requests
         self._context = context
         self._owner = caller().name
         self._held: dict[str, _Held] = {}
@@ -74,7 +74,8 @@ class StreamCall:
         # What waits to be written, with its size.
         self._outbox: deque[tuple[int, ResponseItem | Answer]] = deque()
         self._outbox_bytes = 0
-        self._filled = asyncio.Event()
+        # What the writer waits on while there is nothing to write: cheaper than an Event, once for each message.
+        self._filled: asyncio.Future[None] | None = None
         self._emptied = asyncio.Event()
         self._half_closed = False
         self._reader: asyncio.Task[None] | None = None
@@ -98,7 +99,7 @@ class StreamCall:
         self._handing_over = self._half_closed = True
         if self._reader is not None:
             self._reader.cancel()
-        self._filled.set()
+        self._wake()
 
     def deliver(self, event: Event) -> None:
         if isinstance(event, Result):
@@ -124,11 +125,16 @@ class StreamCall:
     def _send(self, item: ResponseItem | Answer, size: int = _ITEM_BYTES) -> None:
         self._outbox.append((size, item))
         self._outbox_bytes += size
-        self._filled.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        """The writer looks again."""
+        if self._filled is not None and not self._filled.done():
+            self._filled.set_result(None)
 
     async def _read(self) -> None:
         try:
-            async for raw in self._requests:
+            while isinstance(raw := await self._context.read(), bytes):  # or else it is EOF
                 try:
                     items = StreamRequest.FromString(raw).items
                 except DecodeError as error:
@@ -144,7 +150,7 @@ class StreamCall:
                         await self._emptied.wait()
         finally:
             self._half_closed = True
-            self._filled.set()
+            self._wake()
 
     def _take(self, item: RequestItem) -> None:
         kind = item.WhichOneof("item")
@@ -269,15 +275,16 @@ class StreamCall:
             self._send(ResponseItem(closed=ClosedMessage(session_id=asked.session_id)))
 
     async def _write(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
-            await self._filled.wait()
-            self._filled.clear()
             while self._outbox:
                 await self._context.write(self._response())
                 faults.reach("after-answer")
                 self._emptied.set()
             if self._half_closed and not self._fetched and self._engine.idle(self):
                 return
+            self._filled = loop.create_future()
+            await self._filled
 
     def _response(self) -> StreamResponse:
         """What waits, or as much of it as one message takes."""
