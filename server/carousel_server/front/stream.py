@@ -209,7 +209,7 @@ class StreamCall:
         self._ask(first, first.WhichOneof("item"), opening or (first.chunk if first.HasField("chunk") else first.close))
         for item in waiting:
             self._take(item)
-        self._filled.set()  # a stream that the client has half-closed may be over
+        self._wake()  # a stream that the client has half-closed may be over
 
     def _asked(self, opening: Open) -> Asked:
         return Asked(
