@@ -95,9 +95,16 @@ class Doom:
         else:
             moment = self._random.uniform(0, MOMENT_S)
             self.at[ANY_MOMENT] += 1
-        self._timer = threading.Timer(moment, self._server.kill)
+        self._timer = threading.Timer(moment, self._end, (self._server, self._server.deaths))
         self._timer.start()
         return fault
+
+    @staticmethod
+    def _end(server: Supervised, deaths: int) -> None:
+        """Kill it, also where its process is only being started."""
+        while server.deaths == deaths:
+            server.kill()
+            time.sleep(0.05)
 
 
 class Sessions:

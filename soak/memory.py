@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import re
 import tempfile
 import time
 from collections import Counter
@@ -15,6 +14,7 @@ from statistics import median
 import grpc
 import numpy as np
 from soak.errors import SoakError
+from soak.processes import rss_mb
 from soak.reference import Reference, references
 from soak.work import Array, draw
 from tests.client.process import ServerProcess, serving
@@ -59,14 +59,6 @@ class Memory:
                 f"memory was {self.lowest_mb:.1f} to {self.highest_mb:.1f} MB after the warm-up, "
                 f"which is not within {FLAT:.0%} of {self.base_mb:.1f} MB"
             )
-
-
-def rss_mb(pid: int) -> float:
-    """Resident memory of a process."""
-    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(encoding="ascii"))
-    if found is None:
-        raise SoakError("the server ended by itself")
-    return int(found[1]) / 1024
 
 
 class LastingStream:

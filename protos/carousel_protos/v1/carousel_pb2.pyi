@@ -157,7 +157,8 @@ class Open(_message.Message):
     holder: _builtins.str
     """Random, chosen once by whoever opens or takes up the session. The holder that has the session may open it again, with
     or without `resume`, and gets Opened: an Open whose answer was lost is sent again as it was. Without `resume` it is then
-    opened anew where it is not there, which is right as long as no result has arrived. Empty: each Open is another holder.
+    opened anew where it is not there, which is right as long as no result has arrived. Empty: each Open is another holder. At most 128
+    characters, as in `session_id`.
     """
     epoch: _builtins.int
     """The last epoch that this holder was told. With it the session is not taken from another holder that has taken it up

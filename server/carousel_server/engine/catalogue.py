@@ -49,6 +49,7 @@ class Catalogue:
         self._config = config
         self._on_closed = on_closed
         self._entries: dict[str, dict[str, Entry]] = {}
+        self._looked = self._done = False
         # Told of every model's name whose states changed.
         self.on_change: Callable[[str], None] = lambda _: None
 
@@ -63,6 +64,8 @@ class Catalogue:
         Raises `ModelNotFoundError` for a name that is not there.
         """
         if name and name not in self._entries:
+            if not self._looked:
+                raise ModelLoadingError("this server looks for its models; try again", retry_after_s=1.0)
             known = list(self._entries)[:_NAMED]
             more = f" and {len(self._entries) - _NAMED} more" if len(self._entries) > _NAMED else ""
             raise ModelNotFoundError(
@@ -88,7 +91,7 @@ class Catalogue:
         entry = self.entry(name, version)
         if entry.model is not None:
             return entry.model
-        if entry.state == ModelState.MODEL_STATE_LOADING:
+        if entry.state == ModelState.MODEL_STATE_LOADING or (not entry.reason and not self._done):
             raise ModelLoadingError(f"model {name!r} is loading; try again", model=name, retry_after_s=1.0)
         why = f" ({entry.reason})" if entry.reason else ""
         raise ModelNotFoundError(f"version {entry.version} of model {name!r} is not loaded{why}", model=name)
@@ -111,12 +114,14 @@ class Catalogue:
     async def load_newest(self) -> None:
         """Load the newest version of every model; one that fails is marked so and stops no other."""
         await self.refresh()
+        self._looked = True
         for name in list(self._entries):
             entry = self.entries(name)[-1]
             try:
                 await self.load(entry.name, entry.version)
             except LoadError as error:
                 log.error("%s", error)
+        self._done = True
 
     async def load(self, name: str, version: str = "") -> Entry:
         """Load a version, the newest where none is named, and prove it. Raises `ModelNotFoundError`, `LoadError`."""

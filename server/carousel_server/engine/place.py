@@ -5,6 +5,9 @@ from dataclasses import dataclass, replace
 from carousel_server.engine.events import Result
 from carousel_server.engine.frames import Piece
 
+# Characters of what a client names a session, or itself, by.
+MOST_NAME = 128
+
 
 @dataclass(frozen=True, slots=True)
 class Place:

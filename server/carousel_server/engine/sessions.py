@@ -13,6 +13,7 @@ from carousel_server.engine.asked import Asked
 from carousel_server.engine.events import Failure, Sink
 from carousel_server.engine.keeper import Keeper
 from carousel_server.engine.model import Model
+from carousel_server.engine.place import MOST_NAME
 from carousel_server.engine.resident import Late, Resident
 from carousel_server.engine.session import Session
 from carousel_server.engine.spec import Array
@@ -30,7 +31,6 @@ from carousel_server.errors import (
     shorten,
 )
 
-_ID_LENGTH = 128
 # Sessions that are gone and still known by name, in multiples of those that may be open.
 _TOMBSTONES = 4
 
@@ -145,8 +145,8 @@ class Sessions:
     def _free_id(self, session_id: str, owner: str) -> str:
         """The id that a new session can have; a new one for an empty one."""
         session_id = session_id or uuid4().hex
-        if len(session_id) > _ID_LENGTH or not session_id.isprintable():
-            raise InvalidError(f"a session id has at most {_ID_LENGTH} printable characters")
+        if len(session_id) > MOST_NAME or not session_id.isprintable():
+            raise InvalidError(f"a session id has at most {MOST_NAME} printable characters")
         if (gone := self._gone.get(session_id)) is not None:
             _check_owner(session_id, gone, owner)
         if (there := self._residents.get(session_id)) is not None:
@@ -181,8 +181,10 @@ class Sessions:
     def reopened(self, asked: Asked) -> Resident | None:
         """The session that is taken up, closed ones with answers among them; None where a new one is asked for.
 
-        Raises what `find` and `Asked.takes_up` raise.
+        Raises what `find` and `Asked.takes_up` raise, and `InvalidError` for a holder that is too long to be kept.
         """
+        if len(asked.holder) > MOST_NAME:
+            raise InvalidError(f"a holder has at most {MOST_NAME} characters, and this one {len(asked.holder)}")
         resident = self._late.get(asked.session_id) or self._residents.get(asked.session_id)
         if resident is None:
             return self.find(asked.session_id, asked.owner) if asked.resume else None

@@ -16,7 +16,7 @@ from carousel_server.engine.codec import decode, fill_result
 from carousel_server.engine.context import Context, read_context
 from carousel_server.engine.events import Result
 from carousel_server.engine.frames import Piece
-from carousel_server.engine.place import Place
+from carousel_server.engine.place import MOST_NAME, Place
 from carousel_server.engine.policy import Blocking, choose_blocking
 from carousel_server.engine.portable import FORMAT, seal
 from carousel_server.engine.session import Session
@@ -219,6 +219,8 @@ def _check_place(place: Place, blocking: Blocking, where: str) -> None:
     """Raise `StateDamagedError` for a place where no session can be."""
     if max(place.next_index, place.answered, place.epoch) > _MOST:
         raise _wrong(where, f"has counts over {_MOST}")
+    if len(place.holder) > MOST_NAME:
+        raise _wrong(where, f"names a holder of {len(place.holder)} characters")
     waiting = sum(stop - start for _, start, stop in place.waiting)
     final = blocking.final(place.answered + waiting, ended=place.ended)
     if final != place.answered:

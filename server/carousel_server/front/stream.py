@@ -90,9 +90,15 @@ class StreamCall:
                 raise DrainingError("this server is stopping; resume on another", retry_after_s=0.1)
             await self._reader
         finally:
-            for task in (self._reader, *self._fetches):
-                task.cancel()
-            self._engine.detach(self)
+            self._end()
+
+    def _end(self) -> None:
+        assert self._reader is not None, "it was started"
+        for task in (self._reader, *self._fetches):
+            task.cancel()
+        # Its error knows this call: in a cycle both would stay, with the last message, until the collector comes.
+        self._reader = None
+        self._engine.detach(self)
 
     def hand_over(self) -> None:
         """Read no more, answer what was read, and end: its sessions can then be resumed elsewhere."""
