@@ -71,7 +71,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             # What abort raises, gRPC leaves in a cycle with this frame: the request is not to stay with it until the
             # collector comes.
             del request
-            await abort(context, status)
+            return await abort(context, status)
 
         return wrapped
 
