@@ -10,7 +10,7 @@ TORCH_INDEX_URL ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 PACKAGES := $(foreach room,protos export server client cli,-p carousel_$(room))
 
-.PHONY: help run serve test haproxy lint format systems bench bench-quick bench-peers figures protos clean
+.PHONY: help run serve test haproxy lint format systems bench bench-quick bench-peers soak figures protos clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -64,6 +64,9 @@ bench-quick: $(READY) ## The same with fewer sessions and one round, in under tw
 
 bench-peers: $(READY) ## Ray Serve, MLServer, TorchServe, BentoML and LitServe, each in an environment of its own
 	@$(BIN)/python -m bench.others
+
+soak: $(READY) ## 400 kills, a million wrong requests, memory over 30 minutes; SOAK="--help" says what can be shorter
+	@nice -n 10 $(BIN)/python -m soak.run $(SOAK)
 
 figures: $(READY) ## Write the documents' figures from bench/results
 	@$(BIN)/python -m bench.figures

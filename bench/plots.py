@@ -34,10 +34,15 @@ class Drawing:
 
 def write(results: Results, folder: Path) -> None:
     """Draw whatever the results have points for."""
-    template = environment().from_string((Path(__file__).parent / "plot.svg.j2").read_text(encoding="utf-8"))
     for name, drawing in drawings(results).items():
         if all(chart.lines for chart in drawing.charts):
-            (folder / f"{name}.svg").write_text(template.render(drawing=drawing), encoding="utf-8")
+            (folder / f"{name}.svg").write_text(render(drawing), encoding="utf-8")
+
+
+def render(drawing: Drawing) -> str:
+    """As SVG."""
+    template = environment().from_string((Path(__file__).parent / "plot.svg.j2").read_text(encoding="utf-8"))
+    return template.render(drawing=drawing)
 
 
 def drawings(results: Results) -> dict[str, Drawing]:
