@@ -7,7 +7,7 @@ import click
 
 from carousel_cli.settings import Settings, flag_of, options_of
 
-COMMANDS = ("export", "import", "inspect", "verify", "serve", "sessions", "stream", "token", "tune", "doctor")
+COMMANDS = ("export", "import", "inspect", "verify", "serve", "models", "sessions", "stream", "token", "tune", "doctor")
 
 
 class Carousel(click.Group):

@@ -1,7 +1,8 @@
 """The flags of every command that calls a server: where it is, how it is known, and who calls."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,16 @@ class ServerOptions:
         return cc.connect(
             self.target, tls=self.tls, token=self.token, insecure=self.insecure, resume_timeout=resume_timeout
         )
+
+
+@contextmanager
+def calling(server: ServerOptions) -> Iterator[cc.Client]:
+    """A client of the server; what it is refused is the command's one line."""
+    try:
+        with server.connect(resume_timeout=0) as client:
+            yield client
+    except cc.CarouselError as error:
+        raise click.ClickException(str(error)) from error
 
 
 def server_options(command: Callable[..., Any]) -> Callable[..., Any]:

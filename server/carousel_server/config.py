@@ -97,6 +97,10 @@ class ServerConfig(Limits, Access, Threading):
     durability: Durability = "step"
     # Seconds that a commit is tried for before its sessions leave memory, and their clients have to resume them.
     store_patience_s: float = 20.0
+    # Seconds that the sessions of a version are given to finish after it was unloaded.
+    retire_timeout_s: float = 600.0
+    # Whether a session of the store goes on with the newest version where its own is not served, or has that loaded.
+    move_sessions: bool = False
     # Seconds that open sessions are given to finish after SIGTERM; with a store they need none.
     drain_timeout_s: float = 30.0
 
@@ -112,8 +116,8 @@ class ServerConfig(Limits, Access, Threading):
                 raise ConfigError(f"{what} is {value!r}: it must be one of {', '.join(get_args(kinds))}")
         require(self.runtime)
         Threading.__post_init__(self)
-        if self.drain_timeout_s < 0 or self.store_patience_s < 0:
-            raise ConfigError("drain_timeout_s and store_patience_s must be 0 or greater")
+        if min(self.drain_timeout_s, self.store_patience_s, self.retire_timeout_s) < 0:
+            raise ConfigError("drain_timeout_s, store_patience_s and retire_timeout_s must be 0 or greater")
         for name in Limits.__dataclass_fields__:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be greater than 0")

@@ -70,7 +70,7 @@ class StateFormatError(PreconditionError):
 
 
 class ModelDiffersError(PreconditionError):
-    """A state of another model, or of other weights."""
+    """The model has changed under a state: it is of another, of other weights, or of a version that is not served."""
 
     reason = "MODEL_DIFFERS"
 
@@ -81,8 +81,16 @@ class SignatureDiffersError(PreconditionError):
     reason = "SIGNATURE_DIFFERS"
 
 
-class SessionsOpenError(PreconditionError):
-    reason = "SESSIONS_OPEN"
+class RetiredError(PreconditionError):
+    """A version that was unloaded: it takes no new sessions, or the time of those it had is over."""
+
+    reason = "MODEL_RETIRED"
+
+
+class MoveError(PreconditionError):
+    """There is no version that sessions could move to."""
+
+    reason = "CANNOT_MOVE"
 
 
 class FencedError(CarouselError):

@@ -176,12 +176,12 @@ class Server:
 
     async def _report_model(self, name: str) -> None:
         entries = self.engine.catalogue.entries(name)
-        await self._report(name, serving=any(entry.model is not None for entry in entries))
+        await self._report(name, serving=any(entry.takes_sessions for entry in entries))
         if self._loaded:
             await self._report_all()
 
     async def _report_all(self) -> None:
-        served = any(entry.model is not None for entry in self.engine.catalogue.entries())
+        served = any(entry.takes_sessions for entry in self.engine.catalogue.entries())
         for service in ("", SERVICE):
             await self._report(service, serving=served)
 

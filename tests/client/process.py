@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import carousel_client as cc
-from carousel_protos.v1.carousel_pb2 import ModelState
+from carousel_protos.v1.carousel_pb2 import ModelState, ModelStatus
 
 CAROUSEL = Path(sys.executable).with_name("carousel")
 
@@ -68,9 +68,15 @@ class ServerProcess:
         assert self._listening.wait(30), self.log
         with cc.connect(self.address) as client:
             deadline = time.monotonic() + 30
-            while any(model.state != ModelState.MODEL_STATE_SERVING for model in client.models()):
+            while not _all_served(client.models()):
                 assert time.monotonic() < deadline, self.log
                 time.sleep(0.02)
+
+
+def _all_served(models: list[ModelStatus]) -> bool:
+    """Whether each model is, in some version."""
+    served = {model.name for model in models if model.state == ModelState.MODEL_STATE_SERVING}
+    return served == {model.name for model in models}
 
 
 @contextmanager

@@ -254,7 +254,7 @@ def test_catalogue(own_server):
         described = client.model("tagger")
         assert described.manifest.layers[0].num_directions == 2
         assert described.statistics.rows == 2
-        assert [model.name for model in client.unload("tagger")] == ["tagger"]
+        assert [model.name for model in client.unload("tagger").models] == ["tagger"]
     with cc.connect(own_server.address) as client:
         with pytest.raises(cc.CarouselError, match="not loaded"), client.session("tagger"):
             pass

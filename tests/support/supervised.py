@@ -58,7 +58,9 @@ class Supervised:
         while True:
             try:
                 with cc.connect(self.address) as client:
-                    if all(model.state == ModelState.MODEL_STATE_SERVING for model in client.models()):
+                    models = client.models()
+                    served = {model.name for model in models if model.state == ModelState.MODEL_STATE_SERVING}
+                    if served == {model.name for model in models}:
                         return
             except cc.Unavailable:
                 pass

@@ -63,6 +63,13 @@ def _file(flag: str, field: str, help: str) -> Callable[[Any], Any]:  # noqa: A0
 @_option("--store-patience", "store_patience_s", "Seconds that a store which fails is waited for.")
 @_option("--cold-after", "cold_after_s", "Seconds after which an unused session is in the store alone.")
 @_option("--idle-timeout", "idle_timeout_s", "Seconds after which an unused session is forgotten.")
+@_option("--retire-timeout", "retire_timeout_s", "Seconds that the sessions of a version have after it was unloaded.")
+@click.option(
+    "--move-sessions/--no-move-sessions",
+    default=False,
+    show_default=True,
+    help="Sessions in the store whose version is not loaded go to the newest; or else theirs is loaded for them.",
+)
 @_option("--drain-timeout", "drain_timeout_s", "Seconds that open sessions are given to finish after SIGTERM.")
 @click.option(
     "--log-level",

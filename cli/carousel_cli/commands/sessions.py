@@ -2,17 +2,14 @@
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-import carousel_client as cc
 from carousel_cli.common import policy_text
-from carousel_cli.server_options import ServerOptions, server_options
+from carousel_cli.server_options import ServerOptions, calling, server_options
 from carousel_protos.v1.carousel_pb2 import SessionInfo
 
 
@@ -30,7 +27,7 @@ def command() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, an object for each session.")
 def list_sessions(server: ServerOptions, model: str, *, as_json: bool) -> None:
     """Show the sessions that are one's own."""
-    with _client(server) as client:
+    with calling(server) as client:
         sessions = client.sessions(model=model)
     if as_json:
         click.echo(json.dumps([_fields(session) for session in sessions], indent=2))
@@ -59,7 +56,7 @@ def list_sessions(server: ServerOptions, model: str, *, as_json: bool) -> None:
 @server_options
 def export_session(session_id: str, file: Path, server: ServerOptions) -> None:
     """Write a session's state to FILE, as of the chunk that was answered last; the session goes on."""
-    with _client(server) as client:
+    with calling(server) as client:
         state = client.get_state(session_id)
     try:
         # A user's data: nobody else's to read.
@@ -78,7 +75,7 @@ def export_session(session_id: str, file: Path, server: ServerOptions) -> None:
 @server_options
 def import_session(file: Path, session_id: str, version: str, server: ServerOptions, *, move: bool) -> None:
     """Open a session that goes on from FILE; a client takes it up with `resume`."""
-    with _client(server) as client:
+    with calling(server) as client:
         session = client.put_state(file.read_bytes(), session_id=session_id, version=version, move=move)
     click.echo(
         f"session {session.session_id} of {session.model}/{session.version} under {policy_text(session.policy)} "
@@ -91,18 +88,9 @@ def import_session(file: Path, session_id: str, version: str, server: ServerOpti
 @server_options
 def drop_session(session_id: str, server: ServerOptions) -> None:
     """End a session, whoever holds it; what waits in it is forgotten."""
-    with _client(server) as client:
+    with calling(server) as client:
         client.drop(session_id)
     click.echo(f"session {session_id} is closed")
-
-
-@contextmanager
-def _client(server: ServerOptions) -> Iterator[cc.Client]:
-    try:
-        with server.connect(resume_timeout=0) as client:
-            yield client
-    except cc.CarouselError as error:
-        raise click.ClickException(str(error)) from error
 
 
 def _fields(session: SessionInfo) -> dict[str, object]:

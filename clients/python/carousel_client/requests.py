@@ -8,7 +8,14 @@ from carousel_client.errors import FailedPrecondition, ResourceExhausted, Unavai
 from carousel_client.policies import Policy, to_message
 from carousel_client.session_state import new_session_id
 from carousel_client.signature import Signature
-from carousel_protos.v1.carousel_pb2 import GetModelResponse, InferRequest, ModelState, Open, PutStateRequest
+from carousel_protos.v1.carousel_pb2 import (
+    GetModelResponse,
+    InferRequest,
+    ModelState,
+    Open,
+    PutStateRequest,
+    UnloadModelRequest,
+)
 
 # What a server takes by default.
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
@@ -95,3 +102,7 @@ def put_request(state: bytes, session_id: str, version: str, move: bool, max_mes
 def drop_request(session_id: str) -> Open:
     """Takes a session up, so that it can be closed."""
     return Open(session_id=session_id, resume=True)
+
+
+def unload_request(model: str, version: str, deadline: float | None, move: bool, move_to: str) -> UnloadModelRequest:
+    return UnloadModelRequest(model=model, version=version, deadline_s=deadline, move=move, move_to=move_to)

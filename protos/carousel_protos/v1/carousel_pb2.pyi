@@ -33,6 +33,8 @@ class _ModelStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelState
     MODEL_STATE_LOADING: _ModelState.ValueType  # 2
     MODEL_STATE_SERVING: _ModelState.ValueType  # 3
     MODEL_STATE_FAILED: _ModelState.ValueType  # 4
+    MODEL_STATE_RETIRING: _ModelState.ValueType  # 5
+    """Serves the sessions that it has, until they are gone or their deadline has passed, and takes no new ones."""
 
 class ModelState(_ModelState, metaclass=_ModelStateEnumTypeWrapper): ...
 
@@ -42,6 +44,8 @@ MODEL_STATE_AVAILABLE: ModelState.ValueType  # 1
 MODEL_STATE_LOADING: ModelState.ValueType  # 2
 MODEL_STATE_SERVING: ModelState.ValueType  # 3
 MODEL_STATE_FAILED: ModelState.ValueType  # 4
+MODEL_STATE_RETIRING: ModelState.ValueType  # 5
+"""Serves the sessions that it has, until they are gone or their deadline has passed, and takes no new ones."""
 Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
 
 @_typing.final
@@ -604,11 +608,17 @@ class ModelStatus(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    OPEN_SESSIONS_FIELD_NUMBER: _builtins.int
+    DEADLINE_UNIX_MS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.str
     state: Global___ModelState.ValueType
     reason: _builtins.str
     """Why it failed."""
+    open_sessions: _builtins.int
+    """In memory, on this version."""
+    deadline_unix_ms: _builtins.int
+    """RETIRING: when the sessions that are left will be ended, Unix time in milliseconds."""
     def __init__(
         self,
         *,
@@ -616,10 +626,12 @@ class ModelStatus(_message.Message):
         version: _builtins.str = ...,
         state: Global___ModelState.ValueType = ...,
         reason: _builtins.str = ...,
+        open_sessions: _builtins.int = ...,
+        deadline_unix_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "reason", b"reason", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_unix_ms", b"deadline_unix_ms", "name", b"name", "open_sessions", b"open_sessions", "reason", b"reason", "state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -767,20 +779,40 @@ class UnloadModelRequest(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    DEADLINE_S_FIELD_NUMBER: _builtins.int
+    MOVE_FIELD_NUMBER: _builtins.int
+    MOVE_TO_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     version: _builtins.str
     """Empty: every version."""
+    deadline_s: _builtins.float
+    """Seconds that the sessions on it are given to finish; those left are then ended, FAILED_PRECONDITION with the reason
+    MODEL_RETIRED, and stay in the store where there is one. Absent: the server's --retire-timeout.
+    """
+    move: _builtins.bool
+    """Take its sessions to another version, each after the chunk that it is answering: h and c, the frames that wait and the
+    answers that are kept go along, and the client's stream goes on. Only where the signature is the same and the session's
+    policy and variant are there; the others stay until the deadline. Sessions that only the store has move when they come
+    back, also to a version that was unloaded before.
+    """
+    move_to: _builtins.str
+    """With `move`: the version to take them to. Empty: the newest that is served."""
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         version: _builtins.str = ...,
+        deadline_s: _builtins.float | None = ...,
+        move: _builtins.bool = ...,
+        move_to: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s", "deadline_s", b"deadline_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s", "deadline_s", b"deadline_s", "model", b"model", "move", b"move", "move_to", b"move_to", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__deadline_s: _TypeAlias = _typing.Literal["deadline_s"]  # noqa: Y015
+    _WhichOneofArgType__deadline_s: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline_s) -> _WhichOneofReturnType__deadline_s | None: ...
 
 Global___UnloadModelRequest: _TypeAlias = UnloadModelRequest  # noqa: Y015
 
@@ -789,20 +821,57 @@ class UnloadModelResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODELS_FIELD_NUMBER: _builtins.int
+    MOVED_FIELD_NUMBER: _builtins.int
+    STAYING_FIELD_NUMBER: _builtins.int
+    STAYING_SESSIONS_FIELD_NUMBER: _builtins.int
+    moved: _builtins.int
+    """Sessions that went to another version."""
+    staying_sessions: _builtins.int
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelStatus]: ...
+    @_builtins.property
+    def staying(self) -> _containers.RepeatedCompositeFieldContainer[Global___Staying]:
+        """Those that could not, at most 100 of them, and how many there are."""
+
     def __init__(
         self,
         *,
         models: _abc.Iterable[Global___ModelStatus] | None = ...,
+        moved: _builtins.int = ...,
+        staying: _abc.Iterable[Global___Staying] | None = ...,
+        staying_sessions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models", "moved", b"moved", "staying", b"staying", "staying_sessions", b"staying_sessions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UnloadModelResponse: _TypeAlias = UnloadModelResponse  # noqa: Y015
+
+@_typing.final
+class Staying(_message.Message):
+    """A session that stays on a version that is retiring, and why."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Staying: _TypeAlias = Staying  # noqa: Y015
 
 @_typing.final
 class GetStateRequest(_message.Message):

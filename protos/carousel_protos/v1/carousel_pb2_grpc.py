@@ -146,14 +146,17 @@ class CarouselServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LoadModel(self, request, context):
-        """Loads what is on disk under the server's model folder.
+        """Loads what is on disk under the server's model folder, and proves it before it serves anybody. A version that is retiring
+        stays.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadModel(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Retires a version: it takes no new sessions, those on it finish, move to another version or are ended at a deadline, and
+        then it is served no more. Answered at once, or, with `move`, once the sessions that can move have.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')

@@ -48,8 +48,13 @@ class CarouselStub:
     ListModels: _grpc.UnaryUnaryMultiCallable[_carousel_pb2.ListModelsRequest, _carousel_pb2.ListModelsResponse]
     GetModel: _grpc.UnaryUnaryMultiCallable[_carousel_pb2.GetModelRequest, _carousel_pb2.GetModelResponse]
     LoadModel: _grpc.UnaryUnaryMultiCallable[_carousel_pb2.LoadModelRequest, _carousel_pb2.LoadModelResponse]
-    """Loads what is on disk under the server's model folder."""
+    """Loads what is on disk under the server's model folder, and proves it before it serves anybody. A version that is retiring
+    stays.
+    """
     UnloadModel: _grpc.UnaryUnaryMultiCallable[_carousel_pb2.UnloadModelRequest, _carousel_pb2.UnloadModelResponse]
+    """Retires a version: it takes no new sessions, those on it finish, move to another version or are ended at a deadline, and
+    then it is served no more. Answered at once, or, with `move`, once the sessions that can move have.
+    """
 
 @_typing.type_check_only
 class CarouselAsyncStub(CarouselStub):
@@ -71,8 +76,13 @@ class CarouselAsyncStub(CarouselStub):
     ListModels: _aio.UnaryUnaryMultiCallable[_carousel_pb2.ListModelsRequest, _carousel_pb2.ListModelsResponse]  # type: ignore[assignment]
     GetModel: _aio.UnaryUnaryMultiCallable[_carousel_pb2.GetModelRequest, _carousel_pb2.GetModelResponse]  # type: ignore[assignment]
     LoadModel: _aio.UnaryUnaryMultiCallable[_carousel_pb2.LoadModelRequest, _carousel_pb2.LoadModelResponse]  # type: ignore[assignment]
-    """Loads what is on disk under the server's model folder."""
+    """Loads what is on disk under the server's model folder, and proves it before it serves anybody. A version that is retiring
+    stays.
+    """
     UnloadModel: _aio.UnaryUnaryMultiCallable[_carousel_pb2.UnloadModelRequest, _carousel_pb2.UnloadModelResponse]  # type: ignore[assignment]
+    """Retires a version: it takes no new sessions, those on it finish, move to another version or are ended at a deadline, and
+    then it is served no more. Answered at once, or, with `move`, once the sessions that can move have.
+    """
 
 class CarouselServicer(metaclass=_abc_1.ABCMeta):
     """Recurrent models as stateful streams: each session's h and c live on the server."""
@@ -145,13 +155,18 @@ class CarouselServicer(metaclass=_abc_1.ABCMeta):
         request: _carousel_pb2.LoadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_carousel_pb2.LoadModelResponse, _abc.Awaitable[_carousel_pb2.LoadModelResponse]]:
-        """Loads what is on disk under the server's model folder."""
+        """Loads what is on disk under the server's model folder, and proves it before it serves anybody. A version that is retiring
+        stays.
+        """
 
     @_abc_1.abstractmethod
     def UnloadModel(
         self,
         request: _carousel_pb2.UnloadModelRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_carousel_pb2.UnloadModelResponse, _abc.Awaitable[_carousel_pb2.UnloadModelResponse]]: ...
+    ) -> _typing.Union[_carousel_pb2.UnloadModelResponse, _abc.Awaitable[_carousel_pb2.UnloadModelResponse]]:
+        """Retires a version: it takes no new sessions, those on it finish, move to another version or are ended at a deadline, and
+        then it is served no more. Answered at once, or, with `move`, once the sessions that can move have.
+        """
 
 def add_CarouselServicer_to_server(servicer: CarouselServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,5 +1,6 @@
 """What an Open asks of a session that may be there already: in memory, or in the store alone."""
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 from carousel_protos.v1.manifest_pb2 import Policy
@@ -31,9 +32,12 @@ class Asked:
             raise FencedError(f"another client has resumed session {self.session_id}; resume it anew to take it back")
         return self.resume
 
-    def check_same(self, model: str, version: str, blocking: Blocking) -> None:
-        """Raise `SessionDiffersError` where this names another model, version or policy than the session has."""
-        if self.model not in ("", model) or self.version not in ("", version):
+    def check_same(self, model: str, version: str, blocking: Blocking, former: Container[str]) -> None:
+        """Raise `SessionDiffersError` where this names another model, version or policy than the session has.
+
+        `former`: the versions whose sessions went to its own.
+        """
+        if self.model not in ("", model) or (self.version not in ("", version) and self.version not in former):
             raise SessionDiffersError(
                 f"session {self.session_id} is on version {version} of {model}, not on {shorten(self.version)} of "
                 f"{shorten(self.model)}; resume it as it is, or open a new one"

@@ -16,9 +16,10 @@ from carousel_server.engine.session import Session
 from carousel_server.errors import (
     CarouselError,
     LoadError,
+    ModelDiffersError,
     ModelLoadingError,
     ModelNotFoundError,
-    SessionsOpenError,
+    RetiredError,
     shorten,
 )
 from carousel_server.machine import Machine, choose
@@ -27,19 +28,31 @@ log = logging.getLogger("carousel")
 
 # Models or versions that a message lists at most.
 _NAMED = 10
+# The states of versions that are served or are about to be, in the order in which they are taken where none is named.
+_CHOSEN = (ModelState.MODEL_STATE_SERVING, ModelState.MODEL_STATE_LOADING, ModelState.MODEL_STATE_RETIRING)
 
 
 @dataclass
 class Entry:
-    """A version of a model. `model` is there while it is served."""
+    """A version of a model. `model` is there while it is served, also where it is retiring."""
 
     name: str
     version: str
     state: ModelState.ValueType = ModelState.MODEL_STATE_AVAILABLE
     reason: str = ""
     model: Model | None = None
-    # Loading it, then turning its steps.
+    # Turning its steps.
     task: asyncio.Task[None] | None = field(default=None, repr=False)
+    # Where it is retiring: when its last sessions are ended, in Unix seconds, and who sees to it.
+    deadline: float = 0.0
+    retirement: asyncio.Task[None] | None = field(default=None, repr=False)
+    # The operator wants it served no more: no session has it loaded again.
+    unloaded: bool = False
+
+    @property
+    def takes_sessions(self) -> bool:
+        """New ones."""
+        return self.state == ModelState.MODEL_STATE_SERVING
 
 
 class Catalogue:
@@ -49,7 +62,10 @@ class Catalogue:
         self._config = config
         self._on_closed = on_closed
         self._entries: dict[str, dict[str, Entry]] = {}
-        self._looked = self._done = False
+        # The folder was read once.
+        self._looked = False
+        # Where the operator sends the sessions of a version, by name and version.
+        self._successors: dict[tuple[str, str], str] = {}
         # Told of every model's name whose states changed.
         self.on_change: Callable[[str], None] = lambda _: None
 
@@ -61,7 +77,7 @@ class Catalogue:
     def entries(self, name: str = "") -> list[Entry]:
         """All versions, or those of one model, as of the last `refresh`.
 
-        Raises `ModelNotFoundError` for a name that is not there.
+        Raises `ModelNotFoundError` for a name that is not there, `ModelLoadingError` before the first look.
         """
         if name and name not in self._entries:
             if not self._looked:
@@ -76,10 +92,13 @@ class Catalogue:
         ]
 
     def entry(self, name: str, version: str = "") -> Entry:
-        """One version; without a version the newest that is served, or else the newest."""
+        """One version; without a version the newest that takes sessions, or else will or did, or else the newest."""
         entries = self.entries(name)
         if not version:
-            return ([entry for entry in entries if entry.model is not None] or entries)[-1]
+            for state in _CHOSEN:
+                if chosen := [entry for entry in entries if entry.state == state]:
+                    return chosen[-1]
+            return entries[-1]
         for entry in entries:
             if entry.version == version:
                 return entry
@@ -87,14 +106,76 @@ class Catalogue:
         raise ModelNotFoundError(f"model {name!r} has no version {shorten(version)!r}; it has {known}", model=name)
 
     def get(self, name: str, version: str = "") -> Model:
-        """A model to be used. Raises `ModelNotFoundError`, `ModelLoadingError`."""
+        """A model for something new. Raises `ModelNotFoundError`, `ModelLoadingError`, `RetiredError`."""
         entry = self.entry(name, version)
-        if entry.model is not None:
+        if entry.model is not None and entry.takes_sessions:
             return entry.model
-        if entry.state == ModelState.MODEL_STATE_LOADING or (not entry.reason and not self._done):
+        if entry.model is not None:
+            raise RetiredError(
+                f"version {entry.version} of model {name!r} is retiring and takes nothing new; leave the version out",
+                model=name,
+                version=entry.version,
+            )
+        if entry.state == ModelState.MODEL_STATE_LOADING:
             raise ModelLoadingError(f"model {name!r} is loading; try again", model=name, retry_after_s=1.0)
         why = f" ({entry.reason})" if entry.reason else ""
         raise ModelNotFoundError(f"version {entry.version} of model {name!r} is not loaded{why}", model=name)
+
+    def home(self, name: str, version: str) -> Model:
+        """Where a session goes on that was on a version: there, or where the operator sends it.
+
+        Raises `ModelLoadingError`, and `ModelDiffersError` where the model has changed under the session.
+        """
+        entry = self._lasting(name, version)
+        if entry is not None and entry.model is not None:
+            return entry.model
+        if entry is not None and entry.state == ModelState.MODEL_STATE_LOADING:
+            raise ModelLoadingError(
+                f"version {entry.version} of model {name!r} is loading; try again", model=name, retry_after_s=1.0
+            )
+        if self._config.move_sessions:
+            return self.get(name)
+        served = [other.version for other in self._entries.get(name, {}).values() if other.takes_sessions]
+        why = f" ({entry.reason})" if entry is not None and entry.reason else ""
+        raise ModelDiffersError(
+            f"the model has changed under the state: it is of version {version} of {name!r}, which is not served here"
+            f"{why}, and {', '.join(served) or 'no other'} is; load that version, or unload it with the wish to move",
+            model=name,
+            expected_version=version,
+        )
+
+    async def prepare(self, name: str, version: str) -> None:
+        """Have a version loaded for a session that comes back, where `home` has none for it and it is on disk.
+
+        Raises what `home` and `load` raise.
+        """
+        entry = self._lasting(name, version)
+        loadable = entry is not None and entry.state == ModelState.MODEL_STATE_AVAILABLE and not entry.unloaded
+        if entry is not None and loadable and not self._config.move_sessions:
+            await self.load(name, entry.version)
+        self.home(name, version)
+
+    def _lasting(self, name: str, version: str) -> Entry | None:
+        """The version that a version's sessions go on with, as far as the operator has said; None: it is not there."""
+        if name not in self._entries and not self._looked:
+            self.entries(name)  # which raises
+        versions, seen = self._entries.get(name, {}), set[str]()
+        while version not in seen:
+            seen.add(version)
+            entry = versions.get(version)
+            if entry is not None and entry.model is not None:
+                return entry
+            version = self._successors.get((name, version), version)
+        return versions.get(version)
+
+    def former(self, name: str, version: str) -> set[str]:
+        """The versions whose sessions the operator has sent to this one, by way of others too."""
+        found = {version}
+        while more := {
+            old for (model, old), new in self._successors.items() if model == name and new in found and old not in found
+        }:
+            found |= more
+        return found - {version}
 
     async def refresh(self) -> None:
         """See what lies on disk now. A folder that cannot be read leaves all as it is known."""
@@ -106,8 +187,7 @@ class Catalogue:
         for name in sorted(found.keys() | self._entries.keys()):
             known = self._entries.get(name, {})
             kept = {version: known.get(version) or Entry(name, version) for version in found.get(name, ())}
-            busy = (ModelState.MODEL_STATE_SERVING, ModelState.MODEL_STATE_LOADING)
-            kept |= {version: entry for version, entry in known.items() if entry.state in busy}
+            kept |= {version: entry for version, entry in known.items() if entry.state in _CHOSEN}
             self._entries[name] = kept
         self._entries = {name: versions for name, versions in self._entries.items() if versions}
 
@@ -115,23 +195,35 @@ class Catalogue:
         """Load the newest version of every model; one that fails is marked so and stops no other."""
         await self.refresh()
         self._looked = True
-        for name in list(self._entries):
-            entry = self.entries(name)[-1]
+        newest = [self.entries(name)[-1] for name in self._entries]
+        for entry in newest:  # what asks for it before its turn has to wait
+            self._mark(entry, ModelState.MODEL_STATE_LOADING)
+        for entry in newest:
             try:
-                await self.load(entry.name, entry.version)
+                await self._load(entry)
             except LoadError as error:
                 log.error("%s", error)
-        self._done = True
 
     async def load(self, name: str, version: str = "") -> Entry:
-        """Load a version, the newest where none is named, and prove it. Raises `ModelNotFoundError`, `LoadError`."""
+        """Load a version, the newest where none is named, and prove it; one that is retiring stays.
+
+        Raises `ModelNotFoundError`, `ModelLoadingError`, `LoadError`.
+        """
         await self.refresh()
         entry = self.entry(name, version) if version else self.entries(name)[-1]
+        self._successors.pop((name, entry.version), None)
+        entry.unloaded = False
         if entry.model is not None:
+            self._stay(entry)
             return entry
         if entry.state == ModelState.MODEL_STATE_LOADING:
             raise ModelLoadingError(f"version {entry.version} of model {name!r} is loading already", retry_after_s=1.0)
         self._mark(entry, ModelState.MODEL_STATE_LOADING)
+        await self._load(entry)
+        return entry
+
+    async def _load(self, entry: Entry) -> None:
+        name = entry.name
         try:
             model = await asyncio.to_thread(self._build, self._config.models / name / entry.version)
         except Exception as error:  # a bundle can be wrong in any way, and stops no other
@@ -146,7 +238,6 @@ class Catalogue:
         entry.task.add_done_callback(lambda task: self._stopped(entry, task))
         self._mark(entry, ModelState.MODEL_STATE_SERVING)
         log.info("serving %s version %s on %s", name, entry.version, self._config.device)
-        return entry
 
     def _build(self, path: Path) -> Model:
         bundle = Bundle.open(path)
@@ -171,23 +262,35 @@ class Catalogue:
         model.on_closed = self._on_closed
         return model
 
-    async def unload(self, name: str, version: str = "") -> list[Entry]:
-        """Serve a version, or every version, no more. Raises `SessionsOpenError` where sessions are on it."""
-        entries = [self.entry(name, version)] if version else self.entries(name)
-        for entry in entries:
-            if entry.model is not None and entry.model.open_sessions:
-                raise SessionsOpenError(
-                    f"{entry.model.open_sessions} sessions are on version {entry.version} of {name!r}; close them first"
-                )
-        # No await between this look and the last entry's withdrawal: nobody opens a session in between.
-        for model, task in self._withdraw(entries):
+    def retire(self, entry: Entry, deadline: float, *, successor: str | None = None) -> None:
+        """A version takes no new sessions; `deadline`, in Unix seconds, is told. Its sessions go to `successor`."""
+        self._stay(entry)
+        entry.unloaded = True
+        if successor is not None:
+            self._successors[entry.name, entry.version] = successor
+        if entry.model is not None:
+            entry.deadline = deadline
+            self._mark(entry, ModelState.MODEL_STATE_RETIRING)
+
+    def _stay(self, entry: Entry) -> None:
+        """A version that is retiring is not."""
+        if entry.retirement is not None:
+            entry.retirement.cancel()
+            entry.retirement, entry.deadline = None, 0.0
+            self._mark(entry, ModelState.MODEL_STATE_SERVING)
+
+    async def withdraw(self, entry: Entry) -> None:
+        """Serve a version no more. It is retiring, and has no sessions."""
+        for model, task in self._withdraw([entry]):
             model.steps.end()  # once the requests that wait are answered
             await asyncio.wait([task])
             await asyncio.to_thread(model.steps.shut)
-        return entries
 
     async def shut(self) -> None:
         """End every model after its running step."""
+        for entry in self.entries():
+            if entry.retirement is not None:
+                entry.retirement.cancel()
         for model, task in self._withdraw(self.entries()):
             task.cancel()
             await asyncio.wait([task])
@@ -198,7 +301,8 @@ class Catalogue:
         for entry in entries:
             if entry.model is not None and entry.task is not None:
                 withdrawn.append((entry.model, entry.task))
-                entry.model = entry.task = None
+                entry.model = entry.task = entry.retirement = None
+                entry.deadline = 0.0
                 self._mark(entry, ModelState.MODEL_STATE_AVAILABLE)
         return withdrawn
 
@@ -207,7 +311,9 @@ class Catalogue:
         if task.cancelled() or (error := task.exception()) is None:
             return
         log.critical("%s ended", task.get_name(), exc_info=error)
-        entry.model = None
+        if entry.retirement is not None:
+            entry.retirement.cancel()
+        entry.model = entry.retirement = None
         self._mark(entry, ModelState.MODEL_STATE_FAILED, f"its steps ended ({type(error).__name__}); load it again")
 
     def _mark(self, entry: Entry, state: ModelState.ValueType, reason: str = "") -> None:

@@ -48,7 +48,7 @@ class ColdSessions:
         self._holds = Holds()
         # One at a time takes up a session.
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self.room = Room(sessions, keeper, limits, self._may_leave, self._left)
+        self.room = Room(sessions, keeper, limits, self.may_leave, self._left)
 
     def __len__(self) -> int:
         """Sessions that streams hold and that are not in memory."""
@@ -107,7 +107,8 @@ class ColdSessions:
         if not asked.takes_up(state.holder):
             raise AlreadyExistsError(f"session {record.session_id} is open already; resume it, or choose another id")
         policy = state.policy
-        asked.check_same(record.model, record.version, Blocking(policy.kind, policy.block, policy.ahead))
+        former = self._catalogue.former(record.model, record.version)
+        asked.check_same(record.model, record.version, Blocking(policy.kind, policy.block, policy.ahead), former)
         return await self._claim(record, state) is not None
 
     async def bring_held(self, session_id: str, sink: Sink) -> None:
@@ -153,10 +154,8 @@ class ColdSessions:
 
         It is built first, so that nobody loses a session that this server cannot take.
         """
-        session_id = record.session_id
-        served = self._catalogue.get(record.model, record.version)
-        await self.room.make()
-        resident = self._sessions.restore(served, session_id, state, record.owner, time.monotonic())
+        resident = await self._restore(record, state)
+        session_id, moved = record.session_id, resident.model.version != record.version
         claimed: Record | None = None
         try:
             claimed = await self._keeper.store.claim(session_id, epoch=record.epoch)
@@ -167,7 +166,17 @@ class ColdSessions:
         if claimed is None:
             return None
         resident.session.epoch = resident.session.known_epoch = claimed.epoch
+        if moved:
+            self._keeper.changed(resident.session)
         return resident
+
+    async def _restore(self, record: Record, state: SessionState) -> Resident:
+        """Build a session on its version, or on the one that it goes on with."""
+        await self._catalogue.prepare(record.model, record.version)
+        await self.room.make()
+        served, now = self._catalogue.home(record.model, record.version), time.monotonic()
+        move = served.version != record.version
+        return self._sessions.restore(served, record.session_id, state, record.owner, now, move=move)
 
     async def _end(self, record: Record) -> bool:
         """Leave a tombstone of a session that expired where nobody had it in memory: its name is free again."""
@@ -190,9 +199,7 @@ class ColdSessions:
         if not (asked.resume or asked.holder == state.holder):
             self._remember(record)
             return
-        served = self._catalogue.get(record.model, record.version)
-        await self.room.make()
-        resident = self._sessions.restore(served, session_id, state, record.owner, time.monotonic())
+        resident = await self._restore(record, state)
         self._keeper.leave(resident.session)
         resident.session.epoch = record.epoch
         self._sessions.retire(resident, _gone(session_id, record))
@@ -242,7 +249,8 @@ class ColdSessions:
 
     # How they leave, and are over
 
-    def _may_leave(self, resident: Resident) -> bool:
+    def may_leave(self, resident: Resident) -> bool:
+        """Whether nobody is about to take it up."""
         lock = self._locks.get(resident.session.id)
         return lock is None or not lock.locked()
 

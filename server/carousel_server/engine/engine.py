@@ -17,6 +17,7 @@ from carousel_server.engine.keeper import Keeper
 from carousel_server.engine.model import Model
 from carousel_server.engine.portable import unseal
 from carousel_server.engine.resident import Resident
+from carousel_server.engine.retirement import Retired, Retirement
 from carousel_server.engine.session import Session
 from carousel_server.engine.sessions import Sessions
 from carousel_server.engine.spec import Array
@@ -49,6 +50,8 @@ class Engine:
         self.catalogue = Catalogue(config, on_closed=self.sessions.forget)
         if self.keeper is not None:
             self.cold = ColdSessions(self.sessions, self.catalogue, self.keeper, config)
+        may_leave = self.cold.may_leave if self.cold is not None else lambda _: True
+        self._retirement = Retirement(self.sessions, self.catalogue, may_leave)
         self.draining = False
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -96,7 +99,9 @@ class Engine:
         )
         resident = self.sessions.reopened(asked)
         if resident is not None:
-            asked.check_same(resident.model.name, resident.model.version, resident.session.blocking)
+            has = resident.model
+            former = self.catalogue.former(has.name, has.version)
+            asked.check_same(has.name, has.version, resident.session.blocking, former)
             self.sessions.resume(resident, sink, now, holder)
             resident.session.acknowledge(acknowledged)
         else:
@@ -187,8 +192,10 @@ class Engine:
         found = await self._look(session_id, owner)
         now = time.monotonic()
         if isinstance(found, Record):  # which stays where it is
-            served = self.catalogue.get(found.model, found.version)
-            resident = self.sessions.put(served, new_session_id, unseal(found.payload), now, owner=owner)
+            await self.catalogue.prepare(found.model, found.version)
+            served, state = self.catalogue.home(found.model, found.version), unseal(found.payload)
+            move = served.version != found.version
+            resident = self.sessions.put(served, new_session_id, state, now, owner=owner, move=move)
         else:
             resident = self.sessions.fork(found, new_session_id, now)
         return await self._kept(resident)
@@ -257,12 +264,13 @@ class Engine:
         self._refuse_if_draining()
         return await self.catalogue.load(model, version)
 
-    async def unload(self, model: str, version: str) -> list[Entry]:
-        """Serve a model no more; see `Catalogue.unload`."""
+    async def unload(
+        self, model: str, version: str, *, within_s: float | None = None, move: bool = False, move_to: str = ""
+    ) -> Retired:
+        """Serve a version, or every one, no more; see `Retirement.retire`."""
         self._refuse_if_draining()
-        entries = await self.catalogue.unload(model, version)
-        self.sessions.forget_answers([entry.model for entry in self.catalogue.entries() if entry.model is not None])
-        return entries
+        given_s = self._config.retire_timeout_s if within_s is None else within_s
+        return await self._retirement.retire(model, version, within_s=given_s, move=move, move_to=move_to)
 
     def _refuse_if_draining(self) -> None:
         if self.draining:

@@ -90,8 +90,10 @@ class Keeper:
         await self.store.close()
 
     def enter(self, session: Session, model: Model) -> None:
-        """A session is in memory from now on, and tells of itself here."""
+        """A session is in memory from now on, or on another model, and tells of itself here."""
         self._models[session] = model
+        if (entry := self._moved.get(session)) is not None:
+            entry.model = model
         session.outlet = self
 
     def leave(self, session: Session) -> None:

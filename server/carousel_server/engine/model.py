@@ -13,11 +13,12 @@ from carousel_server.engine.context import Context, read_context
 from carousel_server.engine.drawn import full_step
 from carousel_server.engine.infer import Infer
 from carousel_server.engine.policy import FULL, Blocking, choose_blocking
+from carousel_server.engine.portable import unseal
 from carousel_server.engine.runner import Runner
 from carousel_server.engine.runtime import Runtime
 from carousel_server.engine.scheduler import Scheduler
 from carousel_server.engine.session import Session
-from carousel_server.engine.snapshot import Snapshots
+from carousel_server.engine.snapshot import Snapshots, signature
 from carousel_server.engine.spec import Array, ModelSpec, Port
 from carousel_server.engine.step import Runnable
 from carousel_server.engine.steps import Steps
@@ -34,6 +35,7 @@ class Model:
         """`variant` is what runs where none is asked for. Raises `LoadError` where the bundle has it not."""
         self.manifest = manifest
         self.spec = ModelSpec.read(manifest)
+        self.signature = signature(manifest)
         self.open_sessions = 0
         # Told of each session that closed by itself after a step.
         self.on_closed: Callable[[Session], None] = lambda _: None
@@ -119,6 +121,18 @@ class Model:
         branch.take_place(session.place.branch())
         return branch
 
+    def take(self, session: Session, source: "Model") -> None:
+        """Have a session of another version from now on, as if its state were put here; it is between two chunks.
+
+        Raises what `Snapshots.read` and `open` raise; then it is where it was.
+        """
+        found = self._snapshots.read(unseal(source.snapshot(session)), session.id, move=True)
+        graph = self.variants.graph(found.variant, found.blocking.kind)
+        slot = self._take_row(session.context)
+        self._arena.write(slot, found.rows)
+        source._forget(session)  # noqa: SLF001 -- of this class
+        session.move(graph, slot, found.outputs, self.spec.least_frames)
+
     def _rows(self, session: Session) -> list[Array]:
         """The state after the chunk that the session answered last."""
         return self._arena.read(session.slot) if session.rollback is None else session.rollback
@@ -127,6 +141,21 @@ class Model:
         self, session_id: str, outputs: Sequence[Port], blocking: Blocking, variant: str, context: Context, owner: str
     ) -> Session:
         """A session with a row of its own, at the model's start. Raises `TooManySessionsError`, `ContextFullError`."""
+        graph = self.variants.graph(variant, blocking.kind)
+        return Session(
+            session_id,
+            outputs,
+            blocking,
+            graph=graph,
+            variant=variant,
+            slot=self._take_row(context),
+            limits=self._limits,
+            context=context,
+            owner=owner,
+            least_frames=self.spec.least_frames,
+        )
+
+    def _take_row(self, context: Context) -> int:
         # Branches share one.
         held = self._context_bytes + (0 if id(context) in self._contexts else context.bytes)
         if held > self._limits.max_context_bytes:
@@ -135,23 +164,11 @@ class Model:
                 f"{self._limits.max_context_bytes} are allowed; close some sessions, or try later",
                 retry_after_s=1.0,
             )
-        graph = self.variants.graph(variant, blocking.kind)
         slot = self._arena.take()
         self.open_sessions += 1
         self._context_bytes = held
         self._contexts[id(context)] += 1
-        return Session(
-            session_id,
-            outputs,
-            blocking,
-            graph=graph,
-            variant=variant,
-            slot=slot,
-            limits=self._limits,
-            context=context,
-            owner=owner,
-            least_frames=self.spec.least_frames,
-        )
+        return slot
 
     def submit(
         self, session: Session, index: int, tensors: dict[str, Array], *, end: bool, acknowledged: int | None = None

@@ -42,6 +42,9 @@ class Late:
             gone += self.remove(next(iter(self._residents)))
         return gone
 
+    def all(self) -> list[Resident]:
+        return [resident for resident, _ in self._residents.values()]
+
     def remove(self, session_id: str) -> list[Resident]:
         """Forget a session; itself, if it was there."""
         resident, size = self._residents.pop(session_id, (None, 0))

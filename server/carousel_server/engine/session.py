@@ -72,6 +72,7 @@ class Session:
         "holder",
         "id",
         "known_epoch",
+        "leaving",
         "outlet",
         "outputs",
         "owner",
@@ -116,6 +117,8 @@ class Session:
         # In the scheduler's queue or in a step; the model sets it.
         self.queued = False
         self.closed = False
+        # Another version takes it over at its next chunk: until then no chunk is begun.
+        self.leaving = False
         # The state rows before the first block of the oldest pending chunk, kept once that chunk needs a second block.
         self.rollback: list[Array] | None = None
         self._limits = limits
@@ -152,7 +155,17 @@ class Session:
     @property
     def due(self) -> bool:
         """A block can be run."""
-        return not self.closed and bool(self._pending) and self._run < self._pending[0].final
+        return (
+            not self.closed
+            and bool(self._pending)
+            and self._run < self._pending[0].final
+            and (not self.leaving or bool(self._pending[0].blocks))
+        )
+
+    @property
+    def between_chunks(self) -> bool:
+        """No step has or needs it: all that it was sent is answered, or not begun."""
+        return not self.queued and not (self._pending and self._pending[0].blocks)
 
     @property
     def kept(self) -> Sequence[Result]:
@@ -286,6 +299,11 @@ class Session:
         self._acknowledged = place.acknowledged
         self.epoch = place.epoch
         self.holder = place.holder
+
+    def move(self, graph: str, slot: int, outputs: Sequence[Port], least_frames: int) -> None:
+        """Go on, between two chunks, with another version of its model."""
+        self.graph, self.slot, self.outputs, self._least_frames = graph, slot, outputs, least_frames
+        self.leaving = False
 
     def close(self) -> None:
         """Close once everything that waits is answered; at once if nothing does."""

@@ -115,10 +115,12 @@ class Sessions:
         session_id = self._free_id(session_id or state.session_id, owner)
         return self._enter(model.restore(session_id, state, owner=owner, move=move), model, now)
 
-    def restore(self, model: Model, session_id: str, state: SessionState, owner: str, now: float) -> Resident:
+    def restore(
+        self, model: Model, session_id: str, state: SessionState, owner: str, now: float, *, move: bool
+    ) -> Resident:
         """A session that was written down, as it was. Raises `TooManySessionsError` and what `Model.restore` raises."""
         self._check_room()
-        resident = self._enter(model.restore(session_id, state, owner=owner), model, now)
+        resident = self._enter(model.restore(session_id, state, owner=owner, move=move), model, now)
         resident.session.stored = True
         return resident
 
@@ -296,6 +298,52 @@ class Sessions:
             resident.model.release(session)
         self._loose_all(self._late.remove_all(lambda late: now - late.last_used >= limit))
         return len(expired)
+
+    def of(self, model: Model) -> list[Resident]:
+        """The sessions that are on a model."""
+        return [resident for resident in self._residents.values() if resident.model is model]
+
+    def move(self, resident: Resident, model: Model) -> None:
+        """Take a session to another version of its model, between two chunks; its stream is not told.
+
+        Raises what `Model.take` raises; then it stays.
+        """
+        session = resident.session
+        model.take(session, resident.model)
+        resident.model = model
+        if self._keeper is not None:
+            self._keeper.enter(session, model)
+            self._keeper.changed(session)
+        model.steps.add(session)
+
+    def move_answers(self, source: Model, model: Model) -> None:
+        """What closed sessions left can be had from another version of their model, where its tensors are the same."""
+        for late in self._late.all() if source.signature == model.signature else ():
+            if late.model is source:
+                late.model = model
+
+    def end(self, resident: Resident, error: CarouselError) -> bool:
+        """End a session after the chunk that a step has, and once the store, if any, has it; until then False.
+
+        Its stream is told the error, after all answers.
+        """
+        session = resident.session
+        session.leaving = True
+        resident.model.withdraw(session)
+        if not session.idle or session.queued or (self._keeper is not None and self._keeper.holds(session)):
+            return False
+        if self._keeper is not None and not session.stored:
+            self._keeper.save(session)
+            return False
+        if session.sink is not None:
+            session.sink.deliver(Failure(session.id, error))
+        if self._keeper is None:
+            self._bury(session.id, error)
+            resident.model.release(session)
+        else:
+            self._keeper.leave(session)
+            self.evict(resident)
+        return True
 
     def forget_answers(self, served: Container[Model]) -> None:
         """Models were unloaded: what their closed sessions left goes with them."""

@@ -1,6 +1,7 @@
 """The native API, `carousel.v1.Carousel`: a thin skin over the engine."""
 
 import time
+from itertools import islice
 from typing import Any
 
 import grpc
@@ -18,6 +19,8 @@ from carousel_server.front.stream import Context, StreamCall
 
 # Sessions that one answer of ListSessions holds, at most.
 _PAGE = 1000
+# Sessions that an answer of UnloadModel names, at most.
+_STAYING = 100
 
 Unary = grpc.aio.ServicerContext[Any, Any]
 
@@ -108,8 +111,23 @@ class NativeServicer(CarouselServicer):
         return pb.LoadModelResponse(status=_status(await self._engine.load(request.model, request.version)))
 
     async def UnloadModel(self, request: pb.UnloadModelRequest, context: Unary) -> pb.UnloadModelResponse:  # noqa: ARG002
-        entries = await self._engine.unload(request.model, request.version)
-        return pb.UnloadModelResponse(models=map(_status, entries))
+        retired = await self._engine.unload(
+            request.model,
+            request.version,
+            within_s=request.deadline_s if request.HasField("deadline_s") else None,
+            move=request.move,
+            move_to=request.move_to,
+        )
+        staying = [
+            pb.Staying(session_id=session_id, reason=reason)
+            for session_id, reason in islice(retired.staying.items(), _STAYING)
+        ]
+        return pb.UnloadModelResponse(
+            models=map(_status, retired.entries),
+            moved=retired.moved,
+            staying=staying,
+            staying_sessions=len(retired.staying),
+        )
 
 
 def _info(view: SessionView) -> pb.SessionInfo:
@@ -127,7 +145,14 @@ def _info(view: SessionView) -> pb.SessionInfo:
 
 
 def _status(entry: Entry) -> pb.ModelStatus:
-    return pb.ModelStatus(name=entry.name, version=entry.version, state=entry.state, reason=entry.reason)
+    return pb.ModelStatus(
+        name=entry.name,
+        version=entry.version,
+        state=entry.state,
+        reason=entry.reason,
+        open_sessions=entry.model.open_sessions if entry.model is not None else 0,
+        deadline_unix_ms=int(entry.deadline * 1000),
+    )
 
 
 def _statistics(model: Model) -> pb.Statistics:

@@ -22,6 +22,7 @@ from carousel_client.requests import (
     drop_request,
     infer_request,
     put_request,
+    unload_request,
 )
 from carousel_client.signature import Answer
 from carousel_protos.v1.carousel_pb2 import (
@@ -37,7 +38,7 @@ from carousel_protos.v1.carousel_pb2 import (
     Opened,
     Result,
     SessionInfo,
-    UnloadModelRequest,
+    UnloadModelResponse,
 )
 
 T = TypeVar("T")
@@ -205,10 +206,24 @@ class Client:
         request = LoadModelRequest(model=model, version=version)
         return (await self._connection.unary(self._connection.stub.LoadModel, request, timeout)).status
 
-    async def unload(self, model: str, *, version: str = "", timeout: float | None = None) -> list[ModelStatus]:
-        """Unload a version, or with "" every one."""
-        request = UnloadModelRequest(model=model, version=version)
-        return list((await self._connection.unary(self._connection.stub.UnloadModel, request, timeout)).models)
+    async def unload(
+        self,
+        model: str,
+        *,
+        version: str = "",
+        deadline: float | None = None,
+        move: bool = False,
+        move_to: str = "",
+        timeout: float | None = None,
+    ) -> UnloadModelResponse:
+        """Retire a version, or with "" every one: it takes no new sessions, and is unloaded after its last one.
+
+        `deadline` seconds from now what is left of its sessions is ended (None: the server's choice). `move` takes them
+        to the version `move_to` ("": the newest) where the tensors are the same; the answer says how many went, and
+        which stay and why.
+        """
+        request = unload_request(model, version, deadline, move, move_to)
+        return await self._connection.unary(self._connection.stub.UnloadModel, request, timeout)
 
 
 class Session:
