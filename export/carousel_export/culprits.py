@@ -45,7 +45,7 @@ class Record:
     @property
     def name(self) -> str:
         """The module in words."""
-        kind = type(self.module).__name__
+        kind = getattr(self.module, "written_as", type(self.module)).__name__
         return f"{self.path} ({kind})" if self.path else kind
 
 

@@ -34,6 +34,7 @@ from carousel_export.reference import Reference, Stream
 from carousel_export.report import render
 from carousel_export.shortest import find_shortest
 from carousel_export.signature import Signature
+from carousel_export.steady import check_steady
 from carousel_export.step import find_step, takes_one_frame
 from carousel_export.torchscript import TORCHSCRIPT, write_torchscript
 from carousel_export.triton import check_triton, write_config
@@ -92,10 +93,12 @@ def export(
     # Entered first: a place that cannot be written to is found out before the work.
     with BundleWriter(out, name, version) as writer, undisturbed():
         given = [as_tensors(argument) for argument in example]
-        eager = without_loops(Eager(model), given)
+        eager = Eager(model)
         names = input_names_of(eager, given, input_names)
         leaves = [(name, leaf) for name, each in zip(names, given, strict=True) for leaf in pytree.tree_leaves(each)]
         check_example(*zip(*leaves, strict=True))
+        check_steady(eager, given, names)
+        eager = without_loops(eager, given)
         signature, example = _read(eager, given, names, output_names, dims)
         named_labels = _labels(signature, labels)
         linked = find_links(signature, links or {}, Path(out))

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 
 from carousel_export import viterbi
 from carousel_export.eager import Eager
@@ -65,6 +65,7 @@ def write_graph(
             program.save(path, external_data=False)
     except Exception as error:
         raise GraphError(_refusal(eager, path.name, lifted.model, error)) from error
+    _check_bounds(program.exported_program, taken, eager)
     if signature.stepwise:
         repeat(path, dims, signature)
     tie(path)
@@ -149,6 +150,22 @@ def _refusal(eager: Eager, file: str, model: nn.Module, error: BaseException) ->
         f"{eager.name} could not be exported to {file}: {one_line(error)}{f', in {where}' if where else ''}; write its "
         "forward without branches on values and without sizes taken from the example"
     )
+
+
+def _check_bounds(program: ExportedProgram | None, inputs: dict[str, Dims], eager: Eager) -> None:
+    """What forward decides by a size holds in a graph for the sizes that decide as the example's do, and no others."""
+    assert program is not None, "with dynamo, there is the program that the graph is of"
+    given = set(program.graph_signature.user_inputs)
+    tensors = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in given]
+    for x, dims in zip(tensors, inputs.values(), strict=True):
+        for size, dim in zip(x.shape, dims, strict=True):
+            bounds = program.range_constraints.get(size.node.expr) if isinstance(size, torch.SymInt) else None
+            # Without a bound it is a number of its own kind, greater than any.
+            if bounds is not None and bounds.upper.is_Integer:
+                raise GraphError(
+                    f"{eager.name} decides by its input's size, as `if x.shape[…] > {bounds.upper}` does: the graph "
+                    f"would be wrong where {dim} is over {bounds.upper}; write forward alike for every size"
+                )
 
 
 def _check_dims(path: Path, inputs: dict[str, Dims], signature: Signature) -> None:

@@ -11,7 +11,7 @@ from carousel_export.axes import Search
 from carousel_export.calling import Lengths
 from carousel_export.culprits import same
 from carousel_export.eager import Eager
-from carousel_export.errors import ExampleError
+from carousel_export.errors import ExampleError, ModelError
 from carousel_export.given import Axes, given_axes
 from carousel_export.rows import rows_alone
 from carousel_export.runs import grow
@@ -33,6 +33,12 @@ def find_lengths(
     asked = [i for i, x in enumerate(example) if x.dim() == 1 and x.dtype in _DTYPES]
     if not asked or eager.calling.takes_lengths:
         return example, names
+    if computed := next((names[i] for i in asked if _packs_by(eager, example, i)), None):
+        raise ModelError(
+            f"{eager.name} packs by lengths that it computes from {computed!r}; pack by that argument as it is, which "
+            "the session gives, or, behind a stride in time, do not pack: rows share a batch there only if they are "
+            "equally long"
+        )
     search = Search(eager, example)
     given = given_axes(names, example, dims)
     time, batch = (given[TIME], given[BATCH]) if given else (search.find(TIME), search.find(BATCH))
@@ -46,6 +52,16 @@ def find_lengths(
         if _Trial(eager, search, example, names, time, batch, i).is_lengths():
             return _without(eager, example, names, time, batch, i)
     return example, names
+
+
+def _packs_by(eager: Eager, example: tuple[Tensor, ...], place: int) -> bool:
+    """Whether what it packs with follows the argument."""
+    ones = [torch.ones_like(x) if i == place else x for i, x in enumerate(example)]
+    try:
+        given, again = eager.packed(example), eager.packed(ones)
+    except ExampleError:
+        return False
+    return any(not torch.equal(a.lengths, b.lengths) for a, b in zip(given, again, strict=False))
 
 
 class _Trial:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import rnn
 
 from carousel_export.errors import ModelError
+from carousel_export.intercept import Intercept
 
 
 class Packed:
@@ -128,12 +129,32 @@ class Packing:
             rnn.pack_padded_sequence.__code__, rnn.pad_packed_sequence.__code__ = _ORIGINAL
 
 
+class _Listed(Intercept):
+    """Within, a whole number for each row, which an exporter lists by taking it apart, is 1."""
+
+    def __init__(self, rows: Any) -> None:
+        super().__init__()
+        self._rows = _hint(rows)
+
+    def answer(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Ones for `unbind` of such a tensor: no other axis has as many entries as the batch."""
+        x = args[0]
+        if getattr(func, "__name__", "") != "unbind" or x.dim() != 1 or x.is_floating_point():
+            return func(*args, **kwargs)
+        return (torch.tensor(1),) * self._rows if _hint(x.shape[0]) == self._rows else func(*args, **kwargs)
+
+
+def _hint(size: Any) -> int:
+    """The example's size, where it is a symbol."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
 @contextmanager
 def listing(rows: Any) -> Iterator[None]:
     """Within, a batch whose size is a symbol of an exporter's may be listed, as in `[x.shape[1]] * x.shape[0]`.
 
     A list has some number of entries, to which the symbol would be fixed. It has the example's here, and nobody looks
-    at them: those lengths were found to be the rows' own.
+    at them: those lengths were found to be the rows' own. So it is with `lengths.tolist()`.
     """
     fixed: Callable[[torch.SymInt], int] = torch.SymInt.__index__
 
@@ -144,7 +165,8 @@ def listing(rows: Any) -> Iterator[None]:
 
     torch.SymInt.__index__ = index  # type: ignore[method-assign]
     try:
-        yield
+        with _Listed(rows):
+            yield
     finally:
         torch.SymInt.__index__ = fixed  # type: ignore[method-assign]
 

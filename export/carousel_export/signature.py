@@ -193,9 +193,9 @@ class Signature:
         names += [LENGTHS, LENGTHS + AHEAD, *(port.name for port in (*self.contexts, *self.outputs))]
         names += [name for state in self.states for name in (state.input, state.output)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ExportError(
-                f"{twice[0]!r} names two tensors of the graph; give others with input_names or output_names"
-            )
+            own = "the graph's own input for the rows' numbers of frames, and another tensor"
+            what = own if twice[0].startswith(LENGTHS) else "two tensors of the graph"
+            raise ExportError(f"{twice[0]!r} names {what}; give others with input_names or output_names")
 
     @classmethod
     def from_manifest(cls, manifest: pb.Manifest) -> "Signature":

@@ -67,6 +67,42 @@ class Padded(Net):
         return pad_packed_sequence(self.lstm(x)[0], batch_first=True)[0]
 
 
+class Keeps(Net):
+    """Goes on where the last call ended."""
+
+    hidden: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, self.hidden = self.lstm(x, self.hidden)
+        return y
+
+
+class Draws(Net):
+    """Starts anywhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x, (torch.randn(1, x.shape[0], 4), torch.zeros(1, x.shape[0], 4)))[0]
+
+
+class Spoils(Net):
+    """Scales its input in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x.mul_(2))[0]
+
+
+class Limited(Net):
+    """Answers otherwise to more frames, or more rows, than the gate tries."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.axis = axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.lstm(x)[0]
+        return -y if x.shape[self.axis] > 5000 else y
+
+
 def sampling() -> nn.Module:
     model = Net().eval()
     model.drop.train()
@@ -91,6 +127,15 @@ REFUSED = {
     "a branch": (Branches().eval(), X, [f"Branches: {BRANCH}", "choose with torch.where"]),
     "a part's branch": (Within().eval(), X, [f"part (Branches): {BRANCH}", "choose with torch.where"]),
     "a number from a tensor": (Counts().eval(), X, ["Counts: ", ".item()", "depends on the values of a tensor"]),
+    "a state kept in the module": (
+        Keeps().eval(),
+        X,
+        ["Keeps answers otherwise when it is called", "take a state as an"],
+    ),
+    "a random start": (Draws().eval(), X, ["Draws answers otherwise when it is called again", "draws random numbers"]),
+    "an input written over": (Spoils().eval(), X, ["Spoils writes into its argument 'x'", "compute a new tensor"]),
+    "a branch on many frames": (Limited(1).eval(), X, ["Limited decides by its input's size", "time is over 5000"]),
+    "a branch on many rows": (Limited(0).eval(), X, ["Limited decides by its input's size", "batch is over 5000"]),
     "float64 weights": (Net().eval().double(), X.double(), ["lstm.weight_ih_l0 is torch.float64", "model.float()"]),
     "float16 weights": (Net().eval().half(), X.half(), ["lstm.weight_ih_l0 is torch.float16", "model.float()"]),
     "bfloat16 example": (Net().eval(), X.bfloat16(), ["'x' is torch.bfloat16", ".float()"]),

@@ -49,6 +49,13 @@ class Given(Alone):
         return self.run(x, lengths)
 
 
+class Strided(Given):
+    """Every second frame, and the lengths that are left."""
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return self.run(x[:, ::2], (lengths + 1) // 2)
+
+
 def words(x: Tensor) -> Tensor:
     return (x != 0).sum(1).clamp(min=1)
 
@@ -74,10 +81,17 @@ REFUSED = {
     "at most ten": (Given(lambda _, n: n.clamp(max=10)), (X, LENGTHS), [*OTHERS, "call 1 of pack_padded_sequence"]),
     "halves": (Given(given, lambda _, n: (n + 1) // 2), (X, LENGTHS), [*OTHERS, "call 2 of pack_padded_sequence"]),
     "of its own size": (Alone(lambda x: [min(x.shape[1], 30)] * len(x)), X, COMPUTED),
+    "behind a stride": (
+        Strided(given),
+        (X, LENGTHS),
+        ["computes from 'lengths'", "behind a stride in time, do not pack"],
+    ),
+    "behind a stride, whole": (Strided(given), (X, torch.tensor([7, 7, 7])), ["computes from 'lengths'"]),
     "padding that counts": (Given(given, largest=True), (X, LENGTHS), ["pack_padded_sequence", "beyond"]),
 }
 ACCEPTED = {
     "given": (Given(given), (X, LENGTHS)),
+    "given, listed": (Given(lambda _, n: n.cpu().tolist()), (X, LENGTHS)),
     "given twice": (Given(given, given), (X, LENGTHS)),
     "given, tokens": (Given(given, tokens=True), (NO_ZEROS, torch.tensor([4, 3]))),
     "whole, a tensor": (Alone(lambda x: torch.full((x.shape[0],), x.shape[1]), largest=True), X),

@@ -101,6 +101,8 @@ class Rolled(nn.Module):
         self.__dict__.update({name: value for name, value in copy.copy(model).__dict__.items() if name != "forward"})
         self._program = program
         self._axes = dict(axes)
+        # What the user calls it.
+        self.written_as = type(model)
 
     def forward(self, *arguments: Any) -> Any:
         """The model's own result."""
