@@ -47,6 +47,9 @@ class Limits:
     max_pending_chunks: int = 64
     # Rows of Infer requests that wait for a step, over all requests to a model.
     max_pending_rows: int = 4_096
+    # Bytes of frames that wait to be run, of their answers to be, and of answers to slow readers, over all clients;
+    # one of them may have an eighth of what is left.
+    max_pending_bytes: int = 1024**3
     # Bytes of context that the open sessions of one model may hold together.
     max_context_bytes: int = 1024**3
     # Rows of one step, and its frames with all padding, which bound how long it takes; a single row may have more.

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from carousel_server.config import Limits
+from carousel_server.engine.budget import Budget
 from carousel_server.engine.events import Closed, Failure, Result
 from carousel_server.engine.policy import CARRY, CAUSAL, FULL, LOOKAHEAD, Blocking
 from carousel_server.engine.session import Session
@@ -32,7 +33,16 @@ class Collector:
 
 
 def open_session(blocking: Blocking, limits: Limits = LIMITS) -> tuple[Session, Collector]:
-    session = Session("s", [OUTPUT], blocking, graph="model.onnx", slot=1, limits=limits)
+    session = Session(
+        "s",
+        [OUTPUT],
+        blocking,
+        graph="model.onnx",
+        slot=1,
+        limits=limits,
+        budget=Budget(limits.max_pending_bytes),
+        frame_bytes=8,
+    )
     session.sink = Collector()
     return session, session.sink
 

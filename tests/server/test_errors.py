@@ -292,8 +292,8 @@ async def test_a_client_that_never_reads_is_read_no_more(channel: grpc.aio.Chann
         await other.ask(open_item("other", "tagger", policy=policy("carry")))
         for index in range(20):
             assert (await other.ask(chunk_item("other", index, GOOD))).result.frames == 3
-            assert call._outbox_bytes < 16 * 1024 * 1024
-        assert call._outbox_bytes > 0
+            assert call._waiting_bytes < 16 * 1024 * 1024
+        assert call._waiting_bytes > 0
         for task in sending:
             task.cancel()
 

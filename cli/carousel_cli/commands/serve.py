@@ -53,6 +53,7 @@ def _file(flag: str, field: str, help: str) -> Callable[[Any], Any]:  # noqa: A0
 @_option("--max-context-bytes", "max_context_bytes", "Bytes of context that a model's sessions hold together.")
 @_option("--max-pending-chunks", "max_pending_chunks", "Chunks of a session that are not acknowledged; at least 8.")
 @_option("--max-pending-rows", "max_pending_rows", "Rows of infer calls that wait for a model.")
+@_option("--max-pending-bytes", "max_pending_bytes", "Bytes of all frames and answers that wait.")
 @_option("--store", "store", "Where sessions outlive the server: sqlite:FILE, redis://HOST:PORT; memory: nowhere.")
 @_option(
     "--durability",

@@ -176,16 +176,17 @@ class StreamState:
         if member is None:
             return
         error = from_status(failed.status)
-        if failed.HasField("index"):
-            member.session.on_chunk_failed(failed.index, error)
+        if member.waits:
             return
-        if isinstance(error, Unavailable) and not member.waits:
-            delay = member.backoff.delay(now, least=error.retry_after or 0.0)
-            if delay is not None:
-                member.session.detach()
-                member.waits = True
-                self._due = now + delay if self._due is None else min(self._due, now + delay)
-                return
-        if not member.waits:
+        of_chunk = failed.HasField("index")
+        # What was sent after a chunk that found a full queue was refused with it, and is sent again with it.
+        refused_for_now = error.reason == "QUEUE_FULL" if of_chunk else isinstance(error, Unavailable)
+        if refused_for_now and (delay := member.backoff.delay(now, least=error.retry_after or 0.0)) is not None:
+            member.session.detach()
+            member.waits = True
+            self._due = now + delay if self._due is None else min(self._due, now + delay)
+        elif of_chunk:
+            member.session.on_chunk_failed(failed.index, error)
+        else:
             del self._members[failed.session_id]
             member.session.end(error)

@@ -9,6 +9,7 @@ from pathlib import Path
 from carousel_protos import Bundle, BundleError, find_versions
 from carousel_protos.v1.carousel_pb2 import ModelState
 from carousel_server.config import ServerConfig
+from carousel_server.engine.budget import Budget
 from carousel_server.engine.golden import replay
 from carousel_server.engine.model import Model
 from carousel_server.engine.runtime import load_runtimes
@@ -58,8 +59,9 @@ class Entry:
 class Catalogue:
     """What lies under the models folder, by name and version; versions in their order."""
 
-    def __init__(self, config: ServerConfig, *, on_closed: Callable[[Session], None]) -> None:
+    def __init__(self, config: ServerConfig, budget: Budget, *, on_closed: Callable[[Session], None]) -> None:
         self._config = config
+        self._budget = budget
         self._on_closed = on_closed
         self._entries: dict[str, dict[str, Entry]] = {}
         # The folder was read once.
@@ -257,7 +259,7 @@ class Catalogue:
                     f"{checked.output!r} under {checked.policy} in {checked.variant} is {checked.max_abs_error:.3g} "
                     f"off the eager model's answers, {checked.tolerance:.3g} is allowed; run `carousel verify {path}`"
                 )
-        model = Model(bundle.manifest, runtimes, self._config, variant=self._config.variant)
+        model = Model(bundle.manifest, runtimes, self._config, variant=self._config.variant, budget=self._budget)
         model.warm_up()
         model.on_closed = self._on_closed
         return model

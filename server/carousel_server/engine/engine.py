@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from carousel_protos.v1.manifest_pb2 import Policy
 from carousel_server.config import ServerConfig
 from carousel_server.engine.asked import Asked
+from carousel_server.engine.budget import Budget
 from carousel_server.engine.catalogue import Catalogue, Entry
 from carousel_server.engine.cold import ColdSessions
 from carousel_server.engine.events import Sink
@@ -47,7 +48,9 @@ class Engine:
                 on_lost=self._lost,
             )
         self.sessions = Sessions(config, self.keeper)
-        self.catalogue = Catalogue(config, on_closed=self.sessions.forget)
+        # Of what waits to be run, or to be read by clients.
+        self.budget = Budget(config.max_pending_bytes)
+        self.catalogue = Catalogue(config, self.budget, on_closed=self.sessions.forget)
         if self.keeper is not None:
             self.cold = ColdSessions(self.sessions, self.catalogue, self.keeper, config)
         may_leave = self.cold.may_leave if self.cold is not None else lambda _: True

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from carousel_server.engine.budget import Budget
 from carousel_server.engine.spec import Array
 
 # One array for each model input, and the frames [start, stop) of them.
@@ -9,11 +10,16 @@ Piece = tuple[tuple[Array, ...], int, int]
 
 
 class Frames:
-    """A queue of frames, one array for each model input `[frames, …]` in every chunk."""
+    """A queue of frames, one array for each model input `[frames, …]` in every chunk.
 
-    __slots__ = ("_chunks", "_count", "_skip")
+    Each counts for `frame_bytes` of the budget: itself and its answer.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_chunks", "_count", "_frame_bytes", "_skip", "budget")
+
+    def __init__(self, budget: Budget, frame_bytes: int) -> None:
+        self.budget = budget
+        self._frame_bytes = frame_bytes
         self._chunks: list[tuple[tuple[Array, ...], int]] = []
         self._skip = 0
         self._count = 0
@@ -24,7 +30,15 @@ class Frames:
     def push(self, arrays: tuple[Array, ...], frames: int) -> None:
         if frames:
             self._chunks.append((arrays, frames))
-            self._count += frames
+            self._grow(frames)
+
+    def measure(self, frames: int) -> int:
+        """Bytes that it would have with so many frames more."""
+        return (self._count + frames) * self._frame_bytes
+
+    def _grow(self, frames: int) -> None:
+        self._count += frames
+        self.budget.held += frames * self._frame_bytes
 
     def pieces(self, start: int, count: int) -> list[Piece]:
         """Where the frames [start, start + count) lie."""
@@ -44,8 +58,13 @@ class Frames:
             else:
                 start -= frames
 
+    def clear(self) -> None:
+        self._chunks.clear()
+        self._skip = 0
+        self._grow(-self._count)
+
     def drop_first(self, count: int) -> None:
-        self._count -= count
+        self._grow(-count)
         self._skip += count
         done = 0
         while done < len(self._chunks) and self._skip >= self._chunks[done][1]:
@@ -58,5 +77,5 @@ class Frames:
         while count > 0:
             _, frames = self._chunks.pop()
             count -= frames
-            self._count -= frames
+            self._grow(-frames)
         assert count == 0, "only whole chunks are taken back"

@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 
 from carousel_server.config import Limits
 from carousel_server.engine.arena import START_ROW
+from carousel_server.engine.budget import Budget
 from carousel_server.engine.context import Context, read_contexts
 from carousel_server.engine.frames import Piece
-from carousel_server.engine.spec import Array, ModelSpec, Port
+from carousel_server.engine.spec import Array, ModelSpec, Port, frame_bytes
 from carousel_server.engine.steps import Steps
 from carousel_server.errors import CarouselError, QueueFullError, TensorError, TooLargeError, TooShortError
 
@@ -65,7 +66,8 @@ class InferRow:
 class Infer:
     """Whole-sequence requests to one model."""
 
-    def __init__(self, spec: ModelSpec, steps: Steps, limits: Limits) -> None:
+    def __init__(self, spec: ModelSpec, steps: Steps, limits: Limits, budget: Budget) -> None:
+        self._budget = budget
         self._spec = spec
         self._steps = steps
         self._limits = limits
@@ -102,11 +104,12 @@ class Infer:
             raise TooLargeError(
                 f"{time} frames are more than the {self._limits.max_chunk_frames} allowed; use a session"
             )
-        if self.waiting + batch > self._limits.max_pending_rows:
-            raise QueueFullError(f"{self.waiting} rows are waiting; try again", retry_after_s=0.1)
+        size = batch * time * frame_bytes((*self._spec.inputs, *outputs))
+        self._check_room(batch, size)
         loop = asyncio.get_running_loop()
         done: list[asyncio.Future[tuple[bytes, ...]]] = [loop.create_future() for _ in range(batch)]
         self.waiting += batch
+        self._budget.held += size
         try:
             for position, future in enumerate(done):
                 row = tuple(tensors[port.name][position] for port in self._spec.inputs)
@@ -114,6 +117,7 @@ class Infer:
             answers = await asyncio.gather(*done, return_exceptions=True)
         finally:
             self.waiting -= batch
+            self._budget.held -= size
             for future in done:
                 future.cancel()
         rows = []
@@ -122,6 +126,16 @@ class Infer:
                 raise answer
             rows.append(answer)
         return stack(outputs, lengths, time, rows)
+
+    def _check_room(self, rows: int, size: int) -> None:
+        if self.waiting + rows > self._limits.max_pending_rows:
+            raise QueueFullError(f"{self.waiting} rows are waiting; try again", retry_after_s=0.1)
+        if size > self._budget.most:
+            raise TooLargeError(
+                f"the request and its answer have {size} bytes and {self._budget.most} are allowed; send fewer rows"
+            )
+        if size > self._budget.share:
+            raise QueueFullError("too many bytes of requests and chunks are waiting; try again", retry_after_s=0.1)
 
 
 def stack(

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from carousel_protos.v1.manifest_pb2 import Manifest, Policy
 from carousel_protos.v1.state_pb2 import SessionState
 from carousel_server.config import Limits
+from carousel_server.engine.budget import Budget
 from carousel_server.engine.context import Context, read_context
 from carousel_server.engine.drawn import full_step
 from carousel_server.engine.infer import Infer
@@ -19,7 +20,7 @@ from carousel_server.engine.runtime import Runtime
 from carousel_server.engine.scheduler import Scheduler
 from carousel_server.engine.session import Session
 from carousel_server.engine.snapshot import Snapshots, signature
-from carousel_server.engine.spec import Array, ModelSpec, Port
+from carousel_server.engine.spec import Array, ModelSpec, Port, frame_bytes
 from carousel_server.engine.step import Runnable
 from carousel_server.engine.steps import Steps
 from carousel_server.engine.variants import Variants
@@ -30,9 +31,18 @@ class Model:
     """One version of a model, loaded: what its sessions and requests share."""
 
     def __init__(
-        self, manifest: Manifest, runtimes: Mapping[str, Runtime], limits: Limits, *, variant: str = "float32"
+        self,
+        manifest: Manifest,
+        runtimes: Mapping[str, Runtime],
+        limits: Limits,
+        *,
+        variant: str = "float32",
+        budget: Budget | None = None,
     ) -> None:
-        """`variant` is what runs where none is asked for. Raises `LoadError` where the bundle has it not."""
+        """`variant` is what runs where none is asked for; the budget is its own where it shares none.
+
+        Raises `LoadError` where the bundle has no such variant.
+        """
         self.manifest = manifest
         self.spec = ModelSpec.read(manifest)
         self.signature = signature(manifest)
@@ -48,7 +58,8 @@ class Model:
         runner = Runner(self.spec, runtimes, self._arena)
         self.steps = Steps(self.name, scheduler, runner, self._arena, self._closed)
         self._snapshots = Snapshots(manifest, self.spec, self.variants, limits)
-        self._infer = Infer(self.spec, self.steps, limits)
+        self._budget = Budget(limits.max_pending_bytes) if budget is None else budget
+        self._infer = Infer(self.spec, self.steps, limits, self._budget)
         # Held by open sessions, and how many hold each.
         self._context_bytes = 0
         self._contexts: Counter[int] = Counter()
@@ -130,7 +141,7 @@ class Model:
         graph = self.variants.graph(found.variant, found.blocking.kind)
         slot = self._take_row(session.context)
         self._arena.write(slot, found.rows)
-        source._forget(session)  # noqa: SLF001 -- of this class
+        source._give_row_back(session)  # noqa: SLF001 -- of this class
         session.move(graph, slot, found.outputs, self.spec.least_frames)
 
     def _rows(self, session: Session) -> list[Array]:
@@ -150,6 +161,8 @@ class Model:
             variant=variant,
             slot=self._take_row(context),
             limits=self._limits,
+            budget=self._budget,
+            frame_bytes=frame_bytes((*self.spec.inputs, *outputs)),
             context=context,
             owner=owner,
             least_frames=self.spec.least_frames,
@@ -205,6 +218,10 @@ class Model:
             self.on_closed(owner)
 
     def _forget(self, session: Session) -> None:
+        session.let_go()
+        self._give_row_back(session)
+
+    def _give_row_back(self, session: Session) -> None:
         self._arena.give_back(session.slot)
         self.open_sessions -= 1
         self._contexts[id(session.context)] -= 1

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from carousel_server.config import Limits
+from carousel_server.engine.budget import Budget
 from carousel_server.engine.context import NO_CONTEXT, Context
 from carousel_server.engine.events import Closed, Event, Failure, Result, Sink, Taken
 from carousel_server.engine.frames import Frames, Piece
@@ -93,11 +94,14 @@ class Session:
         graph: str,
         slot: int,
         limits: Limits,
+        budget: Budget,
+        frame_bytes: int = 0,
         context: Context = NO_CONTEXT,
         variant: str = "float32",
         owner: str = "",
         least_frames: int = 1,
     ) -> None:
+        """`frame_bytes` are what a frame that waits, and its answer, count for in the budget."""
         self.id = session_id
         # Who opened it, and may use it; "" on a server without authentication.
         self.owner = owner
@@ -124,7 +128,7 @@ class Session:
         self._limits = limits
         self._least_frames = least_frames
         self._closing = False
-        self._frames = Frames()
+        self._frames = Frames(budget, frame_bytes)
         # Lists, here and in the frames: a deque has 760 bytes also where it is empty, as in every idle session.
         self._pending: list[_Pending] = []
         self._next_index = 0
@@ -216,6 +220,8 @@ class Session:
                 f"session {self.id} would hold {held} frames and {self._limits.max_buffered_frames} are allowed; "
                 "send on after an answer, or end the sequence earlier"
             )
+        if (size := self._frames.measure(frames)) > self._frames.budget.share and frames:
+            self._refuse_size(size)
         if end and 0 < self._received + frames < self._least_frames:
             raise TooShortError(
                 f"chunk {index} ends session {self.id} after {self._received + frames} frames, and the model needs at "
@@ -231,6 +237,16 @@ class Session:
         final = self.blocking.final(self._received, ended=end)
         self._pending.append(_Pending(index, frames, self._received, final, end))
         self._answer()
+
+    def _refuse_size(self, size: int) -> None:
+        what = f"the frames that wait for session {self.id}, with their answers, would be {size} bytes and "
+        if size > self._frames.budget.most:
+            raise TooLargeError(f"{what}{self._frames.budget.most} are allowed; send shorter chunks")
+        raise QueueFullError(
+            f"{what}{max(0, self._frames.budget.share)} are free for it; send on after an answer, or a little later",
+            retry_after_s=0.1,
+            expected_index=self._next_index,
+        )
 
     def _repeat(self, index: int) -> None:
         oldest_waiting = self._next_index - len(self._pending)
@@ -315,6 +331,10 @@ class Session:
         self.closed = True
         self._pending.clear()
         self.sink = None
+
+    def let_go(self) -> None:
+        """It is closed, and no step holds it: nothing of it waits any more."""
+        self._frames.clear()
 
     def _settle(self) -> None:
         if self._closing and not self._pending and not self.closed:

@@ -1,7 +1,7 @@
 """What a model takes and gives, read from its manifest once."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -131,6 +131,11 @@ class State:
         dtype, row = numpy_dtype(spec.dtype), tuple(int(dim) for dim in spec.dims[1:])
         initial = np.frombuffer(spec.initial, dtype).reshape(row) if spec.initial else None
         return cls(spec.input, spec.output, dtype, row, initial)
+
+
+def frame_bytes(ports: Iterable[Port]) -> int:
+    """Bytes of one frame of those that have a time axis."""
+    return sum(port.dtype.itemsize * math.prod(port.item) for port in ports if port.per_frame)
 
 
 @dataclass(frozen=True)

@@ -33,14 +33,14 @@ from carousel_server.front.guard import caller
 from carousel_server.front.interceptor import internal
 from carousel_server.front.status import to_status
 
-# Bytes of answers that wait for a slow reader before its requests are no longer read, about.
-_OUTBOX_BYTES = 8 * 1024 * 1024
+# Bytes of answers that wait for a slow reader, and of requests for a slow store, before no more are read, about.
+_MOST_WAITING = 8 * 1024 * 1024
 # Payload bytes of one response message; a single answer may be larger.
 _MESSAGE_BYTES = 1024 * 1024
 # Items of one request message, and how many are taken before others get their turn.
 _ITEMS, _TURN = 4096, 128
-# What an item without tensors counts for.
-_ITEM_BYTES = 256
+# What an item without tensors counts for, and one that says with its details why something failed.
+_ITEM_BYTES, _FAILED_BYTES = 256, 2048
 
 # Requests are read as bytes: a stream parses its own.
 Context = grpc.aio.ServicerContext[bytes, StreamResponse]
@@ -73,7 +73,10 @@ class StreamCall:
         self._fetches: set[asyncio.Task[None]] = set()
         # What waits to be written, with its size.
         self._outbox: deque[tuple[int, ResponseItem | Answer]] = deque()
-        self._outbox_bytes = 0
+        # Of both, which the budget has too for as long as the call lasts.
+        self._waiting_bytes = 0
+        self._budget = engine.budget
+        self._over = False
         # What the writer waits on while there is nothing to write: cheaper than an Event, once for each message.
         self._filled: asyncio.Future[None] | None = None
         self._emptied = asyncio.Event()
@@ -99,6 +102,8 @@ class StreamCall:
         # Its error knows this call: in a cycle both would stay, with the last message, until the collector comes.
         self._reader = None
         self._engine.detach(self)
+        self._hold(-self._waiting_bytes)
+        self._over = True
 
     def hand_over(self) -> None:
         """Read no more, answer what was read, and end: its sessions can then be resumed elsewhere."""
@@ -120,7 +125,7 @@ class StreamCall:
         elif isinstance(event, Failure):
             if event.index is None:  # the session is no longer this stream's
                 self._held.pop(event.session_id, None)
-            self._send(ResponseItem(failed=_failed(event.session_id, event.error, event.index)))
+            self._refuse(_failed(event.session_id, event.error, event.index))
         else:
             self._held.pop(event.session_id, None)
             self._send(ResponseItem(closed=ClosedMessage(session_id=event.session_id)))
@@ -130,13 +135,21 @@ class StreamCall:
 
     def _send(self, item: ResponseItem | Answer, size: int = _ITEM_BYTES) -> None:
         self._outbox.append((size, item))
-        self._outbox_bytes += size
+        self._hold(size)
         self._wake()
 
     def _wake(self) -> None:
         """The writer looks again."""
         if self._filled is not None and not self._filled.done():
             self._filled.set_result(None)
+
+    def _refuse(self, failed: Failed) -> None:
+        self._send(ResponseItem(failed=failed), _FAILED_BYTES)
+
+    def _hold(self, size: int) -> None:
+        if not self._over:
+            self._waiting_bytes += size
+            self._budget.held += size
 
     async def _read(self) -> None:
         try:
@@ -151,7 +164,7 @@ class StreamCall:
                     self._take(item)
                     if position % _TURN == _TURN - 1:
                         await asyncio.sleep(0)
-                    while self._outbox_bytes > _OUTBOX_BYTES:
+                    while self._waiting_bytes > min(_MOST_WAITING, max(0, self._budget.share)):
                         self._emptied.clear()
                         await self._emptied.wait()
         finally:
@@ -163,6 +176,7 @@ class StreamCall:
         asked = item.chunk if kind == "chunk" else item.open if kind == "open" else item.close
         if self._fetched and asked.session_id in self._fetched:
             self._fetched[asked.session_id].append(item)
+            self._hold(_size(item))
         elif kind == "open" and self._engine.cold is not None:
             self._fetch(item, asked)
         else:
@@ -183,33 +197,36 @@ class StreamCall:
                 self._fetch(item, asked)
                 return
             index = item.chunk.index if kind == "chunk" else None
-            self._send(ResponseItem(failed=_failed(asked.session_id, error, index)))
+            self._refuse(_failed(asked.session_id, error, index))
         except Exception:  # noqa: BLE001 (one item's fault never ends the stream of the others)
             index = item.chunk.index if kind == "chunk" else None
-            self._send(ResponseItem(failed=Failed(session_id=asked.session_id, status=internal(), index=index)))
+            self._refuse(Failed(session_id=asked.session_id, status=internal(), index=index))
 
     def _fetch(self, item: RequestItem, asked: Open | Chunk | Close) -> None:
         """The store is asked first; what else is asked of the session waits for it, in order, and nobody else does."""
         self._fetched[asked.session_id] = deque([item])
+        self._hold(_size(item))
         task = asyncio.create_task(self._bring(asked.session_id, item.open if item.HasField("open") else None))
         self._fetches.add(task)
         task.add_done_callback(self._fetches.discard)
 
     async def _bring(self, session_id: str, opening: Open | None) -> None:
-        failed: ResponseItem | None = None
+        failed: Failed | None = None
         try:
             if opening is None:
                 await self._engine.bring_held(self, session_id)
             else:
                 await self._engine.bring(self._asked(opening))
         except CarouselError as error:
-            failed = ResponseItem(failed=_failed(session_id, error, None))
+            failed = _failed(session_id, error, None)
         except Exception:  # noqa: BLE001 (one session's fault never ends the stream of the others)
-            failed = ResponseItem(failed=Failed(session_id=session_id, status=internal()))
+            failed = Failed(session_id=session_id, status=internal())
         waiting = self._fetched.pop(session_id)
+        self._hold(-sum(map(_size, waiting)))
+        self._emptied.set()
         if failed is not None:  # and all that was asked on top of it
             self._held.pop(session_id, None)
-            self._send(failed)
+            self._refuse(failed)
             return
         first = waiting.popleft()
         self._ask(first, first.WhichOneof("item"), opening or (first.chunk if first.HasField("chunk") else first.close))
@@ -302,8 +319,12 @@ class StreamCall:
                 fill_result(response.items.add().result, *waiting)
             else:
                 response.items.append(waiting)
-        self._outbox_bytes -= size
+        self._hold(-size)
         return response
+
+
+def _size(item: RequestItem) -> int:
+    return _ITEM_BYTES + item.ByteSize()
 
 
 def _acknowledged(asked: Open | Chunk | Close) -> int | None:
