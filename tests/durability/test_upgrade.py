@@ -8,7 +8,9 @@ carried state.
 import asyncio
 import json
 import shutil
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -17,9 +19,10 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from safetensors.numpy import load, save
-from tests.durability.versions import export_versions, put, rewrite, spoken, tagged
+from tests.durability.versions import add_variant, export_versions, put, rewrite, spoken, tagged
 from tests.support.shared import make_once
 from tests.support.stream import RawStream, open_item, reason
+from tests.support.supervised import supervised
 
 import carousel_client as cc
 from carousel_protos.v1.carousel_pb2 import ModelState
@@ -35,20 +38,20 @@ FRAMES = np.random.default_rng(0).standard_normal((20_000, 5)).astype(np.float32
 
 
 @pytest.fixture(scope="session")
-def versions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_once(tmp_path_factory, "versions", export_versions)
+def versions(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Path:
+    return make_once(tmp_path_factory, "versions", lambda folder: export_versions(folder, models))
 
 
 @pytest.fixture
-def models(tmp_path: Path, versions: Path) -> Path:
+def place(tmp_path: Path, versions: Path) -> Path:
     """A models folder with the first version of each model."""
     put(versions, tmp_path / "models", "speaker/1", "tagger/1")
     return tmp_path / "models"
 
 
 @asynccontextmanager
-async def served(models: Path, **settings: object) -> AsyncIterator[tuple[Server, cc.aio.Client]]:
-    config = ServerConfig(models=models, listen="127.0.0.1:0", drain_timeout_s=0.1, **settings)
+async def served(place: Path, **settings: object) -> AsyncIterator[tuple[Server, cc.aio.Client]]:
+    config = ServerConfig(models=place, listen="127.0.0.1:0", drain_timeout_s=0.1, **settings)
     async with serving(config) as server, cc.aio.connect(f"127.0.0.1:{server.port}") as client:
         yield server, client
 
@@ -135,16 +138,16 @@ def first_change(got: np.ndarray, unchanged: np.ndarray) -> int:
     return int(differing[0])
 
 
-async def test_old_sessions_finish_on_a_version_that_retires(models: Path, versions: Path, tmp_path: Path):
+async def test_old_sessions_finish_on_a_version_that_retires(place: Path, versions: Path, tmp_path: Path):
     """While a version loads, is the newest and retires, the sessions of the old one get the bits of an undisturbed run.
 
     New sessions are on the new one, the old one takes no more, and is gone with its last session; health stays SERVING.
     """
-    async with served(models) as (server, client), grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+    async with served(place) as (server, client), grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         health = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service="speaker"))
         old = [Live(client, "speaker", TOKENS, size) for size in (2, 3)]
         await old[0].go_on(5)
-        put(versions, models, "speaker/2")
+        put(versions, place, "speaker/2")
         assert (await client.load("speaker")).version == "2"
         (retiring,) = (await client.unload("speaker", version="1")).models
         assert (retiring.state, retiring.open_sessions, retiring.deadline_unix_ms > 0) == (RETIRING, 2, True)
@@ -168,10 +171,10 @@ async def test_old_sessions_finish_on_a_version_that_retires(models: Path, versi
             await asyncio.wait_for(health.read(), 0.05)
 
 
-async def test_what_is_left_at_the_deadline_is_ended(models: Path, versions: Path):
+async def test_what_is_left_at_the_deadline_is_ended(place: Path, versions: Path):
     """A session is answered until its version's deadline, then told MODEL_RETIRED, and others' sessions go on."""
-    put(versions, models, "speaker/2")
-    async with served(models) as (_, client):
+    put(versions, place, "speaker/2")
+    async with served(place) as (_, client):
         await client.load("speaker", version="1")
         left, other = Live(client, "speaker", TOKENS, 2, version="1"), Live(client, "speaker", TOKENS, 2)
         await left.go_on(5)
@@ -187,9 +190,9 @@ async def test_what_is_left_at_the_deadline_is_ended(models: Path, versions: Pat
         near(got, spoken(TOKENS[: len(got)], (2, len(got))))
 
 
-async def test_the_default_deadline_is_the_servers(models: Path):
+async def test_the_default_deadline_is_the_servers(place: Path):
     """Without a deadline of its own an unload gives sessions --retire-timeout, and 0 ends them at once."""
-    async with served(models, retire_timeout_s=0) as (_, client):
+    async with served(place, retire_timeout_s=0) as (_, client):
         for _ in range(2):
             session = await client.session("speaker").__aenter__()
             await session.send(TOKENS[:3])
@@ -200,18 +203,18 @@ async def test_the_default_deadline_is_the_servers(models: Path):
             await client.load("speaker")
 
 
-async def test_live_sessions_move_between_two_chunks(models: Path, versions: Path):
+async def test_live_sessions_move_between_two_chunks(place: Path, versions: Path):
     """Sessions that stream without a pause go on with the new weights from the old ones' state, and do not notice.
 
     Those that a chunk was not sent to for a while move too; each answers what eager PyTorch does.
     """
-    async with served(models) as (_, client):
+    async with served(place) as (_, client):
         speakers = [Live(client, "speaker", TOKENS, size) for size in (1, 2, 5)]
         taggers = [Live(client, "tagger", FRAMES, size) for size in (1, 3, 7)]
         async with client.session("speaker", session_id="quiet") as quiet:
             parts = [await quiet.send(TOKENS[:7])]
             await asyncio.gather(*(live.go_on(8) for live in (*speakers, *taggers)))
-            put(versions, models, "speaker/2", "tagger/2")
+            put(versions, place, "speaker/2", "tagger/2")
             for model, count in (("speaker", 4), ("tagger", 3)):
                 await client.load(model)
                 answer = await client.unload(model, version="1", move=True)
@@ -237,15 +240,15 @@ async def test_live_sessions_move_between_two_chunks(models: Path, versions: Pat
             near(got, tagged(x, blocks))
 
 
-async def test_frames_that_wait_and_answers_that_are_kept_move_too(models: Path, versions: Path):
+async def test_frames_that_wait_and_answers_that_are_kept_move_too(place: Path, versions: Path):
     """A moved session runs the frames that waited with the new weights, and goes on from there wherever it is taken up.
 
     Who takes it up is told the new version, also where it asks for the old one.
     """
-    async with served(models) as (_, client), cc.aio.connect(client.target) as other, AsyncExitStack() as left:
+    async with served(place) as (_, client), cc.aio.connect(client.target) as other, AsyncExitStack() as left:
         session = await left.enter_async_context(client.session("tagger", session_id="waits", version="1"))
         parts = [await session.send(FRAMES[:13])]  # two blocks answered, five frames wait
-        put(versions, models, "tagger/2")
+        put(versions, place, "tagger/2")
         await client.load("tagger")
         assert (await client.unload("tagger", version="1", move=True, move_to="2")).moved == 1
         kept = await client.get_state("waits")
@@ -258,11 +261,11 @@ async def test_frames_that_wait_and_answers_that_are_kept_move_too(models: Path,
         assert (await client.put_state(kept, session_id="again")).version == "2"
 
 
-async def test_an_open_whose_answer_was_lost_finds_a_moved_session(models: Path, versions: Path):
+async def test_an_open_whose_answer_was_lost_finds_a_moved_session(place: Path, versions: Path):
     """A moved session can be opened again as it was, with the old version's number, and by no number it never had."""
-    put(versions, models, "speaker/2")
+    put(versions, place, "speaker/2")
     async with (
-        served(models) as (_, client),
+        served(place) as (_, client),
         grpc.aio.insecure_channel(client.target) as channel,
         RawStream(channel) as stream,
     ):
@@ -276,15 +279,16 @@ async def test_an_open_whose_answer_was_lost_finds_a_moved_session(models: Path,
         assert reason(refused.failed.status) == "SESSION_DIFFERS"
 
 
-async def test_what_cannot_move_stays_and_is_told(models: Path, versions: Path):
+async def test_what_cannot_move_stays_and_is_told(place: Path, versions: Path):
     """Sessions that another version has other tensors or no variant for are listed with the reason, and finish."""
-    async with served(models) as (_, client):
+    add_variant(place / "tagger" / "1", "float16")
+    async with served(place) as (_, client):
         stays = Live(client, "speaker", TOKENS, 2, session_id="stays")
         half = Live(client, "tagger", FRAMES, 6, session_id="half", variant="float16")
         looks = Live(client, "tagger", FRAMES, 6, session_id="looks")
         lives = stays, half, looks
         await asyncio.gather(*(live.go_on(5) for live in lives))
-        put(versions, models, "speaker/3", "tagger/2")
+        put(versions, place, "speaker/3", "tagger/2")
         for model in ("speaker", "tagger"):
             await client.load(model)
         speakers = await client.unload("speaker", version="1", move=True)
@@ -299,15 +303,15 @@ async def test_what_cannot_move_stays_and_is_told(models: Path, versions: Path):
         got = await stays.end()
         near(got, spoken(TOKENS[: len(got)], (1, len(got))))
         got = await half.end()
-        np.testing.assert_allclose(got, tagged(FRAMES[: len(got)], len(got)), rtol=0, atol=5e-3)
+        near(got, tagged(FRAMES[: len(got)], len(got)))
         await looks.end()
         for model in ("speaker", "tagger"):
             await wait_for_state(client, model, "1", AVAILABLE)
 
 
-async def test_a_retirement_can_be_taken_back(models: Path, versions: Path):
+async def test_a_retirement_can_be_taken_back(place: Path, versions: Path):
     """Loading a version that is retiring lets it stay, with its sessions; nothing is ended at the old deadline."""
-    async with served(models) as (_, client):
+    async with served(place) as (_, client):
         live = Live(client, "speaker", TOKENS, 2)
         await live.go_on(5)
         await client.unload("speaker", deadline=0.3)
@@ -322,9 +326,9 @@ async def test_a_retirement_can_be_taken_back(models: Path, versions: Path):
         assert await state_of(client, "speaker", "1") == SERVING
 
 
-async def test_a_move_needs_somewhere_to_go(models: Path, versions: Path):
+async def test_a_move_needs_somewhere_to_go(place: Path, versions: Path):
     """A move from no version, with no other served, or to one that is not, is refused and changes nothing."""
-    async with served(models) as (_, client):
+    async with served(place) as (_, client):
         for options, said in (
             ({}, "name the version of 'speaker' whose sessions are to move"),
             ({"version": "1"}, "cannot move to another version: no other is served"),
@@ -381,14 +385,14 @@ def wrong_graph(bundle: Path) -> None:
     ],
 )
 async def test_a_corrupt_new_version_disturbs_nobody(
-    models: Path, versions: Path, tmp_path: Path, damage: Callable[[Path], None], said: str
+    place: Path, versions: Path, tmp_path: Path, damage: Callable[[Path], None], said: str
 ):
     """A new version that cannot be served is refused in a line; the old one answers the same bits, and new sessions."""
-    async with served(models) as (server, client):
+    async with served(place) as (server, client):
         live = Live(client, "speaker", TOKENS, 2)
         await live.go_on(5)
-        put(versions, models, "speaker/2")
-        damage(models / "speaker" / "2")
+        put(versions, place, "speaker/2")
+        damage(place / "speaker" / "2")
         with pytest.raises(cc.FailedPrecondition) as caught:
             await client.load("speaker")
         assert caught.value.reason == "LOAD_FAILED"
@@ -418,15 +422,15 @@ async def leave(client: cc.aio.Client, name: str, frames: int) -> None:
         left.pop_all()
 
 
-async def test_a_session_that_was_ended_is_in_the_store(models: Path, versions: Path, tmp_path: Path):
+async def test_a_session_that_was_ended_is_in_the_store(place: Path, versions: Path, tmp_path: Path):
     """At the deadline the state is kept: refused where only another version is served, it moves once that is asked for.
 
     It goes on where the old version is loaded again, with the same bits.
     """
-    async with served(models, store=f"sqlite:{tmp_path / 'sessions'}") as (_, client):
+    async with served(place, store=f"sqlite:{tmp_path / 'sessions'}") as (_, client):
         for name in ("moves", "waits"):
             await leave(client, name, 10)
-        put(versions, models, "speaker/2")
+        put(versions, place, "speaker/2")
         await client.load("speaker")
         (status,) = (await client.unload("speaker", version="1", deadline=0)).models
         assert (status.state, status.open_sessions) == (AVAILABLE, 0)
@@ -446,11 +450,11 @@ async def test_a_session_that_was_ended_is_in_the_store(models: Path, versions: 
             assert session.version == "2"
 
 
-async def test_a_cold_session_on_a_stream_moves_at_its_next_chunk(models: Path, versions: Path, tmp_path: Path):
+async def test_a_cold_session_on_a_stream_moves_at_its_next_chunk(place: Path, versions: Path, tmp_path: Path):
     """A session that only the store has goes on with the new version when its stream sends on, and is stored so."""
     store = f"sqlite:{tmp_path / 'sessions'}"
     async with (
-        served(models, store=store, cold_after_s=0.05) as (server, client),
+        served(place, store=store, cold_after_s=0.05) as (server, client),
         client.session("speaker", session_id="cold") as session,
     ):
 
@@ -459,7 +463,7 @@ async def test_a_cold_session_on_a_stream_moves_at_its_next_chunk(models: Path, 
 
         await session.send(TOKENS[:10])
         await until(cold)
-        put(versions, models, "speaker/2")
+        put(versions, place, "speaker/2")
         await client.load("speaker")
         assert (await client.unload("speaker", version="1", move=True)).moved == 0
         near(await session.send(TOKENS[10:20]), spoken(TOKENS[:20], (1, 10), (2, 10))[10:])
@@ -467,13 +471,13 @@ async def test_a_cold_session_on_a_stream_moves_at_its_next_chunk(models: Path, 
 
 
 @pytest.mark.parametrize("move", [False, True])
-async def test_a_restart_finds_old_sessions_a_version(models: Path, versions: Path, tmp_path: Path, move: bool):
+async def test_a_restart_finds_old_sessions_a_version(place: Path, versions: Path, tmp_path: Path, move: bool):
     """After a restart on a newer version, an old session has its own loaded for it, or with --move-sessions moves."""
     store = f"sqlite:{tmp_path / 'sessions'}"
-    async with served(models, store=store) as (_, client):
+    async with served(place, store=store) as (_, client):
         await leave(client, "old", 10)
-    put(versions, models, "speaker/2")
-    async with served(models, store=store, move_sessions=move) as (_, client):
+    put(versions, place, "speaker/2")
+    async with served(place, store=store, move_sessions=move) as (_, client):
         assert await state_of(client, "speaker", "1") == AVAILABLE
         async with client.session("speaker", session_id="old", resume=True) as session:
             wanted = spoken(TOKENS[:20], (1, 10), (2, 10)) if move else spoken(TOKENS[:20], (1, 20))
@@ -484,38 +488,38 @@ async def test_a_restart_finds_old_sessions_a_version(models: Path, versions: Pa
             assert session.version == "2"
 
 
-async def test_a_version_that_is_gone_is_named(models: Path, versions: Path, tmp_path: Path):
+async def test_a_version_that_is_gone_is_named(place: Path, versions: Path, tmp_path: Path):
     """Where an old session's version is not on disk any more, it is refused with what it expects; the state stays."""
     store = f"sqlite:{tmp_path / 'sessions'}"
-    async with served(models, store=store) as (_, client):
+    async with served(place, store=store) as (_, client):
         await leave(client, "old", 10)
-    put(versions, models, "speaker/2")
-    shutil.rmtree(models / "speaker" / "1")
+    put(versions, place, "speaker/2")
+    shutil.rmtree(place / "speaker" / "1")
     for _ in range(2):
-        async with served(models, store=store) as (_, client):
+        async with served(place, store=store) as (_, client):
             with pytest.raises(cc.FailedPrecondition, match="of version 1 of 'speaker', which is not served"):
                 async with client.session("speaker", session_id="old", resume=True) as session:
                     await session.ready()
-    put(versions, models, "speaker/1")
+    put(versions, place, "speaker/1")
     async with (
-        served(models, store=store) as (_, client),
+        served(place, store=store) as (_, client),
         client.session("speaker", session_id="old", resume=True) as session,
     ):
         near(await session.send(TOKENS[10:20]), spoken(TOKENS[:20], (1, 20))[10:])
 
 
-async def test_other_weights_under_the_same_number_are_found_out(models: Path, versions: Path, tmp_path: Path):
+async def test_other_weights_under_the_same_number_are_found_out(place: Path, versions: Path, tmp_path: Path):
     """A version's folder that is replaced changes no session that is on it, and takes none of the store's for its own.
 
     The hash that is in each state tells them apart.
     """
     store = f"sqlite:{tmp_path / 'sessions'}"
-    async with served(models, store=store) as (_, client):
+    async with served(place, store=store) as (_, client):
         await leave(client, "left", 10)
         live = Live(client, "speaker", TOKENS, 2)
         await live.go_on(5)
-        shutil.rmtree(models / "speaker" / "1")
-        put(versions, models, "speaker/2", speaker="1")
+        shutil.rmtree(place / "speaker" / "1")
+        put(versions, place, "speaker/2", speaker="1")
         assert (await client.load("speaker")).state == SERVING
         await live.go_on(5)
         got = await live.end()
@@ -528,3 +532,39 @@ async def test_other_weights_under_the_same_number_are_found_out(models: Path, v
             async with client.session("speaker", session_id="left", resume=True) as session:
                 await session.ready()
         assert caught.value.reason == "MODEL_DIFFERS"
+
+
+def test_killed_while_sessions_move_nothing_is_lost_or_doubled(place: Path, versions: Path, tmp_path: Path):
+    """Killed after they moved, sessions go on with the version that the store says; no chunk is lost or runs twice."""
+    put(versions, place, "speaker/2")
+    with supervised(place, "--store", f"sqlite:{tmp_path / 'sessions'}") as server:
+        with (
+            cc.connect(server.address, resume_timeout=60) as admin,
+            cc.connect(server.address, resume_timeout=60) as client,
+        ):
+            admin.load("speaker", version="1")
+            moving, killed = threading.Event(), threading.Event()
+
+            def stream(number: int) -> np.ndarray:
+                answers = []
+                with client.session("speaker", version="1") as session:
+                    for at in range(0, 240, 3):
+                        answers.append(session.send(TOKENS[number + at : number + at + 3]))
+                        if at == 60 + 3 * number:
+                            moving.set()
+                        if at == 180:
+                            assert killed.wait(60)
+                return np.concatenate(answers)
+
+            with ThreadPoolExecutor(8) as threads:
+                running = [threads.submit(stream, number) for number in range(8)]
+                assert moving.wait(60)
+                assert admin.unload("speaker", version="1", move=True, deadline=60).staying_sessions == 0
+                server.kill()
+                killed.set()
+                got = [each.result(60) for each in running]
+        assert server.deaths == 1
+    for number, answers in enumerate(got):
+        x = TOKENS[number : number + 240]
+        at = first_change(answers, spoken(x, (1, len(x)))) // 3 * 3
+        near(answers, spoken(x, (1, at), (2, len(x) - at)))
