@@ -206,6 +206,12 @@ class StepError(CarouselError):
     reason = "STEP_FAILED"
 
 
+class UndoneError(CarouselError):
+    """The server has stopped, and left something undone."""
+
+    reason = "UNDONE"
+
+
 class LoadError(PreconditionError):
     """A bundle that cannot be served."""
 

@@ -3,7 +3,10 @@
 import asyncio
 import gc
 import logging
+import os
 import signal
+import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
@@ -20,7 +23,7 @@ from carousel_protos.v1.carousel_pb2_grpc import add_CarouselServicer_to_server
 from carousel_server.access import is_loopback
 from carousel_server.config import ServerConfig
 from carousel_server.engine.engine import Engine
-from carousel_server.errors import LoadError
+from carousel_server.errors import LoadError, UndoneError
 from carousel_server.front.door import Door
 from carousel_server.front.guard import Guard
 from carousel_server.front.native import NativeServicer
@@ -30,12 +33,20 @@ from carousel_server.machine import Machine, choose, run_in
 log = logging.getLogger("carousel")
 
 SERVICE = carousel_pb2.DESCRIPTOR.services_by_name["Carousel"].full_name
+# Seconds that streams are given to read what they were answered, before they are cut.
+_GRACE_S = 1.0
+# Seconds that all is given to close after the drain time, and that the process has before it is ended.
+_CLOSE_S, _LAST_S = 2.0, 5.0
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 def run(config: ServerConfig) -> None:
-    """Serve until SIGTERM or SIGINT, and then until open sessions are drained. Raises `ConfigError`."""
+    """Serve until SIGTERM or SIGINT, and then until open sessions are drained.
+
+    Raises `ConfigError`, and `UndoneError` where something was left undone in the drain time. A process that hangs then
+    ends all the same, with exit code 1.
+    """
     run_in(choose(Machine.look(), config).loop, _run(config))
 
 
@@ -49,7 +60,24 @@ async def _run(config: ServerConfig) -> None:
         gc.freeze()
         gc.set_threshold(50_000)
         await stop.wait()
-        await server.stop()
+        last = _end_after(config.drain_timeout_s + _LAST_S)
+        if undone := await server.stop():
+            # What hangs may hang on: the process is still to end.
+            raise UndoneError(f"stopped by the deadline, with something undone: {'; '.join(undone)}")
+        last.cancel()
+
+
+def _end_after(seconds: float) -> threading.Timer:
+    """End the process then, whatever its event loop and its threads are doing, unless it is cancelled."""
+
+    def end() -> None:
+        log.critical("still not stopped %g s after the signal: something hangs, and the process ends as it is", seconds)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 @contextmanager
@@ -116,25 +144,32 @@ class Server:
             await self.engine.start()
             self._check_served()
         except BaseException:
-            await self._close(grace_s=None)
+            await self._close(time.monotonic() + _CLOSE_S)
             raise
         self._loaded = True
         await self._report_all()
 
-    async def stop(self) -> None:
-        """NOT_SERVING, announce, drain with a deadline, stop."""
+    async def stop(self) -> list[str]:
+        """NOT_SERVING, announce, drain, commit, stop: in the drain time, and a few seconds more where something hangs.
+
+        What was left undone, in words.
+        """
         await self._health.enter_graceful_shutdown()
         drain_s = self._config.drain_timeout_s
+        deadline = time.monotonic() + drain_s
         self._native.announce(drain_s)
         log.info("stopping: %d sessions on streams have %g s to finish", self.engine.sessions.attached, drain_s)
-        await self.engine.drain()
-        await self._close(grace_s=1.0)
+        undone = await self.engine.drain(deadline)
+        undone += await self._close(max(deadline, time.monotonic() + _CLOSE_S))
+        for what in undone:
+            log.error("left undone: %s", what)
         log.info("stopped")
+        return undone
 
-    async def _close(self, grace_s: float | None) -> None:
+    async def _close(self, deadline: float) -> list[str]:
         self._guard.stop()
-        await asyncio.gather(*(door.close(grace_s) for door in self._doors))
-        await self.engine.stop()
+        await asyncio.gather(*(door.close(_GRACE_S) for door in self._doors))
+        return await self.engine.stop(deadline)
 
     def _add_services(self, server: grpc.aio.Server) -> None:
         add_CarouselServicer_to_server(self._native, server)

@@ -274,20 +274,9 @@ class ColdSessions:
         except StoreError as error:
             log.warning("%s; it is swept later", error)
 
-    async def save_all(self) -> None:
-        """Write every session that the store has not as it is."""
-        residents = self._sessions.all()
-        for resident in residents:
-            if not resident.session.stored:
-                self._keeper.save(resident.session)
-        lost = 0
-        for resident in residents:
-            try:
-                await self._keeper.settled(resident.session)
-            except CarouselError:
-                lost += 1
-        if lost:
-            log.error("%d sessions could not be written, and the store has them as they were before", lost)
+    def save_all(self) -> None:
+        """Have every session written that the store has not as it is."""
+        self._keeper.save_unstored([resident.session for resident in self._sessions.all()])
 
 
 def _gone(session_id: str, record: Record | None) -> CarouselError:

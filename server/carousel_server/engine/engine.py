@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from contextlib import suppress
 from uuid import uuid4
 
 from numpy import int32
@@ -27,6 +28,8 @@ from carousel_server.errors import CarouselError, DrainingError
 from carousel_server.store.open_store import open_store
 from carousel_server.store.store import Record
 
+# Seconds that models and the store are given to stop, where nobody says.
+_STOP_S = 5.0
 # Seconds between two looks for idle sessions, at most.
 _SWEEP_S = 5.0
 
@@ -56,6 +59,8 @@ class Engine:
         may_leave = self.cold.may_leave if self.cold is not None else lambda _: True
         self._retirement = Retirement(self.sessions, self.catalogue, may_leave)
         self.draining = False
+        # Sessions that the store did not take before it began to drain.
+        self._lost_before = 0
         self._sweeper: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -251,16 +256,34 @@ class Engine:
         served = self.catalogue.get(model, version)
         return await served.infer(tensors, lengths, variant=variant), served.version
 
-    async def drain(self) -> None:
-        """Take nothing new; come back once no stream holds a session and no request waits, or at the deadline.
+    async def settle(self, sink: Sink) -> None:
+        """Have the store know the sessions that a stream holds as they are: another server may take them up then."""
+        if self.keeper is not None:
+            held = self.sessions.held(sink)
+            self.keeper.save_unstored(held)
+            for session in held:
+                with suppress(CarouselError):  # it was lost, and whoever takes it up is told
+                    await self.keeper.settled(session)
 
-        With a store, streams should have stopped asking: it comes back once all that they asked is answered.
+    async def drain(self, deadline: float) -> list[str]:
+        """Take nothing new; come back once no stream holds a session and no request waits.
+
+        With a store, streams should have stopped asking: it comes back once all that they asked is answered, and
+        written. At the deadline, on the monotonic clock, it comes back in any case; what was left undone, in words.
         """
         self.draining = True
-        deadline = time.monotonic() + self._config.drain_timeout_s
+        if self.cold is not None and self.keeper is not None:
+            self._lost_before = self.keeper.lost
+            self.cold.save_all()
         # Polled: it happens once in a process's life, and sessions need no event for it.
         while self._busy() and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
+        counted = (
+            (0 if self.cold is not None else self.sessions.attached, "sessions had not ended, and are gone"),
+            (self.sessions.busy, "sessions waited for answers"),
+            (self.catalogue.infer_rows, "rows of infer calls waited for answers"),
+        )
+        return [f"{count} {what}" for count, what in counted if count]
 
     async def load(self, model: str, version: str) -> Entry:
         """Load what is on disk; see `Catalogue.load`."""
@@ -280,20 +303,36 @@ class Engine:
             raise DrainingError("this server is stopping; ask another", retry_after_s=1.0)
 
     def _busy(self) -> bool:
-        waits = self.sessions.attached if self.cold is None else self.sessions.busy
-        return bool(waits or self.catalogue.infer_rows)
+        if self.catalogue.infer_rows:
+            return True
+        if self.keeper is None:
+            return self.sessions.attached > 0
+        return self.sessions.busy > 0 or bool(self.keeper.unwritten)
 
     def _lost(self, session: Session, sink: Sink | None, error: CarouselError) -> None:
         self.sessions.lose(session, sink, error)
 
-    async def stop(self) -> None:
-        """End every model after its running step, and write what is left in memory."""
+    async def stop(self, deadline: float | None = None) -> list[str]:
+        """End every model after its running step, and write what is left in memory.
+
+        All of it by the deadline, on the monotonic clock (None: a few seconds); what was left undone, in words.
+        """
+        deadline = deadline or time.monotonic() + _STOP_S
+        undone = []
         if self._sweeper is not None:
             self._sweeper.cancel()
-        await self.catalogue.shut()
+        try:
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                await self.catalogue.shut()
+        except TimeoutError:
+            undone.append("a step of a model did not end")
         if self.cold is not None and self.keeper is not None:
-            await self.cold.save_all()
-            await self.keeper.stop()
+            self.cold.save_all()
+            await self.keeper.stop(deadline)
+            unstored = {resident.session for resident in self.sessions.all() if not resident.session.stored}
+            if count := len(self.keeper.unwritten | unstored) + self.keeper.lost - self._lost_before:
+                undone.append(f"{count} sessions could not be written to the store")
+        return undone
 
     async def _sweep(self) -> None:
         while True:

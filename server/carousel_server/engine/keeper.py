@@ -7,7 +7,7 @@ Sessions that moved are written together, all that moved while the last commit w
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from carousel_server import faults
@@ -23,6 +23,8 @@ log = logging.getLogger("carousel")
 _BATCH = 256
 # Seconds between two attempts at a commit that failed: doubled each time, up to the second.
 _RETRY_S, _RETRY_MOST_S = 0.05, 1.0
+# Seconds that a store has to let go of its file or its connections.
+_CLOSE_S = 1.0
 # Seconds for which a store remembers a session after it expired or was closed.
 TOMBSTONE_S = 3600.0
 
@@ -72,6 +74,8 @@ class Keeper:
         self._models: dict[Session, Model] = {}
         self._moved: dict[Session, _Entry] = {}
         self._writing: dict[Session, _Entry] = {}
+        # How many sessions were lost, since the store did not take them.
+        self.lost = 0
         # Sessions whose end is not written yet.
         self._ending: dict[str, _Entry] = {}
         self._ready = asyncio.Event()
@@ -80,14 +84,23 @@ class Keeper:
     def start(self) -> None:
         self._task = asyncio.create_task(self._turn_forever(), name="commits")
 
-    async def stop(self) -> None:
-        """Write what has moved, and let go of the store."""
+    @property
+    def unwritten(self) -> Set[Session]:
+        """Sessions that are not written yet."""
+        return self._moved.keys() | self._writing.keys()
+
+    async def stop(self, deadline: float) -> None:
+        """Write what has moved, up to a time on the monotonic clock, and let go of the store."""
         if self._task is not None:
             # Polled: it happens once in a process's life.
-            while self._moved or self._writing:  # noqa: ASYNC110
+            while self.unwritten and time.monotonic() < deadline:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
             self._task.cancel()
-        await self.store.close()
+        try:
+            async with asyncio.timeout(_CLOSE_S):
+                await self.store.close()
+        except (StoreError, TimeoutError):
+            log.warning("the store %s did not let go within %g s", self.store.name, _CLOSE_S)
 
     def enter(self, session: Session, model: Model) -> None:
         """A session is in memory from now on, or on another model, and tells of itself here."""
@@ -120,6 +133,12 @@ class Keeper:
         if session not in self._moved:
             self._moved[session] = _Entry(session, self._models[session], time.monotonic())
         self._ready.set()
+
+    def save_unstored(self, sessions: Sequence[Session]) -> None:
+        """Write those of these that the store has not as they are."""
+        for session in sessions:
+            if not session.stored and session in self._models:
+                self.save(session)
 
     def end(self, session: Session, gone: str) -> None:
         """The session is no more, for that reason, which is written where the store knows of it."""
@@ -228,6 +247,7 @@ class Keeper:
             if entry not in records and self._moved.pop(entry.session, None) is None:
                 continue  # lost with what was to be written before it
             if self._each_step:
+                self.lost += 1
                 self._lose(entry, error)
             else:
                 entry.session.stored = False

@@ -262,6 +262,10 @@ class Sessions:
         if session.kept:
             self._loose_all(self._late.add(resident))
 
+    def held(self, sink: Sink) -> list[Session]:
+        """The sessions that this stream holds."""
+        return list(self._held.get(sink, {}).values())
+
     def idle(self, sink: Sink) -> bool:
         """Whether no session that this stream holds waits for an answer."""
         return all(session.idle for session in self._held.get(sink, {}).values())

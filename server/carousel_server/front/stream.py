@@ -87,9 +87,12 @@ class StreamCall:
     async def serve(self) -> None:
         """Until the client has half-closed and has all its answers, or either side breaks off."""
         self._reader = asyncio.create_task(self._read(), name="stream reader")
+        if self._handing_over:
+            self._reader.cancel()
         try:
             await self._write()
             if self._handing_over:
+                await self._engine.settle(self)
                 raise DrainingError("this server is stopping; resume on another", retry_after_s=0.1)
             await self._reader
         finally:
@@ -106,7 +109,7 @@ class StreamCall:
         self._over = True
 
     def hand_over(self) -> None:
-        """Read no more, answer what was read, and end: its sessions can then be resumed elsewhere."""
+        """Read no more, answer and write down what was read, and end: its sessions can then be resumed elsewhere."""
         self._handing_over = self._half_closed = True
         if self._reader is not None:
             self._reader.cancel()
