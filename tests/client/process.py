@@ -51,6 +51,9 @@ class ServerProcess:
         self._reader.join()
         return code
 
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
     def kill(self) -> None:
         """SIGKILL."""
         self.end(signal.SIGKILL)

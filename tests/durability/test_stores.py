@@ -83,6 +83,17 @@ async def test_claims_at_once(opened: Open) -> None:
     assert [found.epoch for found, ids in zip(claimed, refused, strict=True) if not ids] == [7]
 
 
+async def test_a_claim_of_what_was_seen(opened: Open) -> None:
+    """With an epoch, a claim takes a session only as it was seen, and changes nothing where another was faster."""
+    store, faster = opened(), opened()
+    await store.commit([record()])
+    assert await faster.claim("s", epoch=1) == record(epoch=2)
+    assert await store.claim("s", epoch=1) is None
+    assert await faster.commit([record(epoch=2, payload=b"next")]) == set()
+    assert await store.claim("s", epoch=2) == record(epoch=3, payload=b"next")
+    assert await store.claim("other", epoch=1) is None
+
+
 async def test_a_tombstone_answers_and_makes_way(opened: Open) -> None:
     """A tombstone is given to who claims, keeps its epoch and its holder, and yields to a newer session of its name."""
     older, newer = opened(), opened()

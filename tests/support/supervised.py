@@ -32,7 +32,7 @@ class Supervised:
         self._command += ["--listen", self.address, "--drain-timeout", "0.5", "--log-level", "warning", *options]
         self._faults = faults
         self._log = log
-        self._stopping = False
+        self._stopping = self._restarting = False
         self._process = self._start()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
@@ -49,8 +49,12 @@ class Supervised:
             code = self._process.wait()
             if self._stopping:
                 return
-            assert code == -9, f"the server ended by itself, with code {code}"
-            self.deaths += 1
+            if self._restarting:
+                assert code == 0, f"the server was to stop, and ended with code {code}"
+                self._restarting = False
+            else:
+                assert code == -9, f"the server ended by itself, with code {code}"
+                self.deaths += 1
             self._process = self._start()
 
     def wait_until_served(self) -> None:
@@ -69,6 +73,11 @@ class Supervised:
 
     def kill(self) -> None:
         self._process.kill()
+
+    def restart(self) -> None:
+        """SIGTERM, and a start."""
+        self._restarting = True
+        self._process.terminate()
 
     def stop(self) -> None:
         self._stopping = True

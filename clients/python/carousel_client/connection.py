@@ -262,8 +262,10 @@ class Connection:
             with self._condition:
                 while not (outbox or stream.over or stream.outbox is not outbox):
                     now = time.monotonic()
-                    self._move(stream.take_due(now))
-                    self._condition.wait(stream.until_due(now))
+                    if due := stream.take_due(now):
+                        self._move(due)  # which fills the outbox, mostly
+                    else:
+                        self._condition.wait(stream.until_due(now))
                 message = outbox.take() if stream.outbox is outbox else None
             if message is None:
                 return
