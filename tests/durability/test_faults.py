@@ -71,6 +71,7 @@ def test_the_older_of_two_owners_is_refused(models: Path, tmp_path: Path, kind: 
         serving(models, store=store) as newer,
         cc.connect(older.address) as one,
         cc.connect(newer.address) as another,
+        cc.connect(older.address) as third,
     ):
         first, back = Line(one, "first"), Line(one, "back")
         for line in (first, back):
@@ -98,7 +99,7 @@ def test_the_older_of_two_owners_is_refused(models: Path, tmp_path: Path, kind: 
         # What the older has in memory is of the past: it is neither told nor gone on with.
         assert {each.session_id: each.next_index for each in one.sessions()} == {"first": 4, "back": 3}
         assert one.get_state("back") == another.get_state("back")
-        again = Line(one, "back", resume=True, tokens=lent.tokens)
+        again = Line(third, "back", resume=True, tokens=lent.tokens)
         again.go_on()
         with pytest.raises(cc.Fenced):
             lent.go_on()
