@@ -94,7 +94,7 @@ def differing(got: list[list[np.ndarray]], wanted: list[list[np.ndarray]]) -> in
 def test_killed_at_a_point_nothing_is_lost_or_doubled(models, store, point, wanted):
     """Killed before a run, after it, after its commit or after its answer, every session goes on as if nothing were."""
     work, answers = wanted
-    with supervised(models, "--store", store, faults=armed(point, 5, 8)) as server:
+    with supervised(models, "--store", store, faults=armed(point, 3, 3)) as server:
         with cc.connect(server.address, resume_timeout=60) as client:
             got = work.run(client)
         assert server.deaths == 2
