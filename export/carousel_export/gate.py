@@ -109,7 +109,7 @@ def prove(
     signature = reference.signature
     checks: list[Check] = []
     errors: list[dict[str, Any]] = []
-    trials = _trials(signature, draw, policies)
+    trials = _trials(signature, draw, policies, ragged=ragged)
     for trial in trials:
         wanted = [reference.run(stream, trial.policy) for stream in trial.streams]
         for runtime in runtimes:
@@ -140,13 +140,14 @@ def _looks_ahead(policies: Sequence[Policy]) -> bool:
     return any(isinstance(policy, Lookahead) for policy in policies)
 
 
-def _trials(signature: Signature, draw: Draw, policies: Sequence[Policy]) -> list[Trial]:
+def _trials(signature: Signature, draw: Draw, policies: Sequence[Policy], *, ragged: bool) -> list[Trial]:
     trials = []
     for policy in policies:
         # Full starts where a sequence starts: at zero.
         state = not isinstance(policy, Full)
         start = "non-zero state" if state else "from zero"
-        ragged = f"ragged batch, random cuts, {start}"
+        batch = "ragged batch" if ragged else "batches of one length each"
+        what = f"{batch}, random cuts, {start}"
         variants: list[Policy] = [policy]
         if isinstance(policy, Lookahead):
             least = signature.right_context
@@ -156,7 +157,7 @@ def _trials(signature: Signature, draw: Draw, policies: Sequence[Policy]) -> lis
             variants += [variant for variant in (Carry(), Carry(4)) if variant != policy]
         for variant in variants:
             streams = tuple(draw.stream(frames, initial=state) for frames in _lengths(signature))
-            trials.append(Trial(ragged, variant, streams))
+            trials.append(Trial(what, variant, streams))
         least = signature.least_frames
         short = "one frame" if least == 1 else f"{least} frames, the least"
         trials.append(Trial(f"one sequence of {short}, {start}", policy, (draw.stream(least, initial=state),)))

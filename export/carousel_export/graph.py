@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -146,6 +147,10 @@ def _refusal(eager: Eager, file: str, model: nn.Module, error: BaseException) ->
             f"{where or eager.name} depends on the values of a tensor, and a graph is one for all values; choose with "
             "torch.where, and count by sizes, which are known"
         )
+    if missing := re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", str(error)):
+        return (
+            f"{where or eager.name}: there is no ONNX operator for {missing[1]}; compute the same with other functions"
+        )
     return (
         f"{eager.name} could not be exported to {file}: {one_line(error)}{f', in {where}' if where else ''}; write its "
         "forward without branches on values and without sizes taken from the example"
@@ -190,8 +195,8 @@ def _check_dims(path: Path, inputs: dict[str, Dims], signature: Signature) -> No
                 raise GraphError(
                     f"{path.name}: {value.name} came out as [{', '.join(found)}] where "
                     f"[{', '.join(wanted[value.name])}] is wanted: forward ties a size to the example's; compute with "
-                    "sizes as x.shape gives them, without int() and len(), and with functions that take tensors of any "
-                    "size"
+                    "sizes as x.shape gives them, without int() and len(), with functions that take tensors of any "
+                    "size, and without Python loops over it (for a CRF there is cx.viterbi_decode)"
                 )
     onnx.checker.check_model(model)
     onnx.save(model, path)

@@ -67,6 +67,24 @@ class Padded(Net):
         return pad_packed_sequence(self.lstm(x)[0], batch_first=True)[0]
 
 
+class Median(Net):
+    """Has a function that ONNX has not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x)[0].median(2).values
+
+
+class Sums(Net):
+    """Adds up frame by frame in Python."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        total, sums = torch.zeros(x.shape[0], 4), []
+        for frame in self.lstm(x)[0].unbind(1):
+            total = total + frame
+            sums.append(total)
+        return torch.stack(sums, 1)
+
+
 class Keeps(Net):
     """Goes on where the last call ended."""
 
@@ -136,6 +154,12 @@ REFUSED = {
     "an input written over": (Spoils().eval(), X, ["Spoils writes into its argument 'x'", "compute a new tensor"]),
     "a branch on many frames": (Limited(1).eval(), X, ["Limited decides by its input's size", "time is over 5000"]),
     "a branch on many rows": (Limited(0).eval(), X, ["Limited decides by its input's size", "batch is over 5000"]),
+    "no operator": (Median().eval(), X, ["there is no ONNX operator for aten.median", "with other functions"]),
+    "a loop over frames": (
+        Sums().eval(),
+        X,
+        ["[batch, time, 5] is wanted", "without Python loops", "cx.viterbi_decode"],
+    ),
     "float64 weights": (Net().eval().double(), X.double(), ["lstm.weight_ih_l0 is torch.float64", "model.float()"]),
     "float16 weights": (Net().eval().half(), X.half(), ["lstm.weight_ih_l0 is torch.float16", "model.float()"]),
     "bfloat16 example": (Net().eval(), X.bfloat16(), ["'x' is torch.bfloat16", ".float()"]),

@@ -93,5 +93,9 @@ class BySize(nn.Module):
 
 
 def test_what_cannot_be_ragged_is_marked_so(tmp_path: Path) -> None:
-    """Code that takes time's size for its own use is found out, and its bundle asks for batches of equal length."""
-    assert not cx.export(BySize().eval(), torch.randn(2, 6, 5), name="sized", out=tmp_path).manifest.ragged
+    """Code that takes time's size for its own use is found out; its bundle asks for batches of equal length, and has
+    been proven in those."""
+    bundle = cx.export(BySize().eval(), torch.randn(2, 6, 5), name="sized", out=tmp_path)
+    assert not bundle.manifest.ragged
+    assert "ragged" not in bundle.file("parity.json").read_text()
+    assert "batches of one length each" in bundle.file("parity.json").read_text()
