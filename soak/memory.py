@@ -25,7 +25,7 @@ from carousel_protos.v1 import carousel_pb2 as pb
 from carousel_protos.v1.carousel_pb2_grpc import CarouselStub
 
 # Small bounds, so that whatever is bounded reaches its bound while the server warms up.
-SETTINGS = {"cold_after_s": 3, "idle_timeout_s": 12, "max_sessions": 200}
+SETTINGS = {"cold_after_s": 3, "idle_timeout_s": 30, "max_sessions": 200}
 CHUNKS = 12
 SAMPLE_S = 2.0
 # Of what it was in the first minute after the warm-up.
