@@ -63,9 +63,9 @@ class Fuzz:
     def sent(self) -> int:
         return self.items + self.broken_messages + self.unary_calls + self.connections_of_noise
 
-    def thin(self) -> None:
-        """Keep some 60 samples of memory."""
-        self.rss_mb = self.rss_mb[:: max(1, len(self.rss_mb) // 60)]
+    def thinned(self) -> list[tuple[int, float]]:
+        """Some 60 samples of memory."""
+        return self.rss_mb[:: max(1, len(self.rss_mb) // 60)]
 
     def judge(self) -> None:
         """Raise `SoakError` where an answer to the control sessions differs, or a client was told of a fault."""

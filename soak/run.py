@@ -49,21 +49,20 @@ def _kills(given: argparse.Namespace, models: Path, store: str) -> dict[str, Any
         f"of {found.chunks} chunks: {found.lost} lost, {found.doubled} doubled (counted in {found.counted_chunks}), "
         f"{found.differing} answers differ"
     )
-    return _judged(asdict(found), lambda: found.judge(given.kills))
+    return _judged(found, lambda: found.judge(given.kills))
 
 
 def _fuzz(given: argparse.Namespace, models: Path) -> dict[str, Any]:
     found = fuzz.soak(models, requests=given.requests, seed=given.seed)
     print(f"fuzz: {found.sent} requests in {found.seconds:g} s, {found.answers}")
     print(f"  beside it {found.control_answers} answers, {found.control_differing} differ")
-    found.thin()
-    return _judged(asdict(found), found.judge, found.judge_memory)
+    result = _judged(found, found.judge, found.judge_memory)
+    return result | {"rss_mb": found.thinned()}
 
 
 def _memory(given: argparse.Namespace, models: Path) -> dict[str, Any]:
     found = memory.soak(models, minutes=given.minutes, rate=given.rate, seed=given.seed)
-    result = _judged(asdict(found), found.judge)
-    result |= asdict(found)
+    result = _judged(found, found.judge)
     print(
         f"memory: {found.lowest_mb:.1f} to {found.highest_mb:.1f} MB in the {given.minutes:g} minutes after the first "
         f"{found.warm_up_minutes:g}, {found.base_mb:.1f} MB at their beginning; {found.did}"
@@ -72,15 +71,19 @@ def _memory(given: argparse.Namespace, models: Path) -> dict[str, Any]:
     return result
 
 
-def _judged(result: dict[str, Any], *judges: Callable[[], None]) -> dict[str, Any]:
-    """The result, with what did not hold in it."""
+def _judged(found: kills.Kills | fuzz.Fuzz | memory.Memory, *judges: Callable[[], None]) -> dict[str, Any]:
+    """What was found, with what did not hold in it."""
     broken = []
     for judge in judges:
         try:
             judge()
         except SoakError as error:
             broken.append(str(error))
-    return result | {"broken": broken}
+    return {**asdict(found), "broken": broken}
+
+
+def _command() -> str:
+    return f'make soak SOAK="{shlex.join(sys.argv[1:])}"' if sys.argv[1:] else "make soak"
 
 
 def _parts(given: argparse.Namespace, models: Path) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
@@ -107,7 +110,7 @@ def main() -> None:
                 found = part()
             except SoakError as error:
                 found = {"broken": [str(error)]}
-            about = {"command": shlex.join(["make soak", *sys.argv[1:]]), "machine": describe()}
+            about = {"command": _command(), "machine": describe()}
             (given.out / f"{name}.json").write_text(json.dumps(about | found, indent=1) + "\n", encoding="utf-8")
             broken += [f"{name}: {what}" for what in found["broken"]]
     for what in broken:
