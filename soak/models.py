@@ -34,4 +34,8 @@ def export_all(folder: Path) -> None:
     torch.manual_seed(7)
     cx.export(make(Tagger), torch.randn(3, 6, 5), name="tagger", out=folder, policy=cx.Lookahead(block=4, ahead=2))
     cx.export(make(Speaker), torch.randint(0, 11, (3, 6)), name="speaker", out=folder)
+    export_tally(folder)
+
+
+def export_tally(folder: Path) -> None:
     cx.export(make(Tally), torch.randint(0, MARKS, (3, 6)), name="tally", out=folder)

@@ -1,18 +1,25 @@
 """Requests that are wrong in every way, against a live server; `make soak` sends a million of them."""
 
 import asyncio
+import shutil
 from pathlib import Path
 
 import pytest
 from soak.fuzz import SETTINGS, Fuzz, attack
-from soak.models import export_all
+from soak.models import export_tally
 from tests.client.process import serving
 from tests.support.shared import make_once
 
 
 @pytest.fixture(scope="module")
-def soaked_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_once(tmp_path_factory, "soaked", export_all)
+def soaked_models(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models of the soak: those of all tests, and the one that counts."""
+
+    def make_models(folder: Path) -> None:
+        shutil.copytree(models, folder, dirs_exist_ok=True)
+        export_tally(folder)
+
+    return make_once(tmp_path_factory, "soaked", make_models)
 
 
 @pytest.mark.parametrize("store", ["memory", "sqlite"])
