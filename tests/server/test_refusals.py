@@ -50,3 +50,20 @@ async def test_a_holder_has_a_bound(channel: grpc.aio.Channel, server: Server):
         failed = (await stream.ask(open_item("s", "tagger", holder="h" * 129))).failed
         assert reason(failed.status) == "INVALID_ARGUMENT"
         assert len(server.engine.sessions) == 0
+
+
+async def test_no_name_is_no_model(channel: grpc.aio.Channel, server: Server):
+    """What names no model is refused, and above all unloads none: an empty field is not all that is served."""
+    stub = CarouselStub(channel)
+    for call, request in (
+        (stub.UnloadModel, pb.UnloadModelRequest()),
+        (stub.LoadModel, pb.LoadModelRequest()),
+        (stub.GetModel, pb.GetModelRequest()),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(request)
+        assert reason(rpc_status(caught.value)) == "MODEL_NOT_FOUND"
+    async with RawStream(channel) as stream:
+        assert reason((await stream.ask(open_item("s", ""))).failed.status) == "MODEL_NOT_FOUND"
+        assert (await stream.ask(open_item("s", "tagger"))).HasField("opened")
+    assert all(entry.model is not None for entry in server.engine.catalogue.entries())

@@ -76,12 +76,12 @@ class Catalogue:
         """Rows of Infer requests that wait for their answer, over all models."""
         return sum(entry.model.infer_rows for entry in self.entries() if entry.model is not None)
 
-    def entries(self, name: str = "") -> list[Entry]:
+    def entries(self, name: str | None = None) -> list[Entry]:
         """All versions, or those of one model, as of the last `refresh`.
 
         Raises `ModelNotFoundError` for a name that is not there, `ModelLoadingError` before the first look.
         """
-        if name and name not in self._entries:
+        if name is not None and name not in self._entries:
             if not self._looked:
                 raise ModelLoadingError("this server looks for its models; try again", retry_after_s=1.0)
             known = list(self._entries)[:_NAMED]
@@ -89,9 +89,8 @@ class Catalogue:
             raise ModelNotFoundError(
                 f"there is no model {shorten(name)!r}; there is {', '.join(known) or 'none'}{more}", model=shorten(name)
             )
-        return [
-            entry for known in ([name] if name else self._entries) for entry in self._entries.get(known, {}).values()
-        ]
+        names = self._entries if name is None else [name]
+        return [entry for known in names for entry in self._entries.get(known, {}).values()]
 
     def entry(self, name: str, version: str = "") -> Entry:
         """One version; without a version the newest that takes sessions, or else will or did, or else the newest."""
