@@ -110,7 +110,8 @@ def main() -> None:
                 found = part()
             except SoakError as error:
                 found = {"broken": [str(error)]}
-            about = {"command": _command(), "machine": describe()}
+            machine = {key: value for key, value in describe().items() if key != "system"}
+            about = {"command": _command(), "machine": machine}
             (given.out / f"{name}.json").write_text(json.dumps(about | found, indent=1) + "\n", encoding="utf-8")
             broken += [f"{name}: {what}" for what in found["broken"]]
     for what in broken:
