@@ -395,16 +395,36 @@ class Story(RuleBasedStateMachine):
         self.runner.close()
 
 
-@pytest.mark.parametrize("store", ["memory", "sqlite"])
-def test_any_story_of_sessions(models: Path, tmp_path: Path, store: str) -> None:
-    """Whatever clients do and whenever the process ends, each answer is eager PyTorch's, and the same again."""
+@pytest.fixture
+def begin(models: Path, tmp_path: Path) -> Callable[[str], Story]:
+    """A story on a store of its own."""
     folder = tmp_path / "models"
     folder.mkdir()
     (folder / "speaker").symlink_to(models / "speaker")
 
-    def begin() -> Story:
+    def make_story(store: str) -> Story:
         spec = store if store == "memory" else f"sqlite:{tmp_path / uuid4().hex}?synchronous=normal"
         return Story(ServerConfig(models=folder, store=spec, threads=1))
 
-    story = settings(max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
-    run_state_machine_as_test(begin, settings=story)
+    return make_story
+
+
+@pytest.mark.parametrize("store", ["memory", "sqlite"])
+def test_any_story_of_sessions(begin: Callable[[str], Story], store: str) -> None:
+    """Whatever clients do and whenever the process ends, each answer is eager PyTorch's, and the same again."""
+    story = settings(max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
+    run_state_machine_as_test(lambda: begin(store), settings=story)
+
+
+def test_last_answers_after_a_close_and_a_crash(begin: Callable[[str], Story]) -> None:
+    """A session that was closed gives its last answers again, after a crash and out of memory too, and no other's."""
+    story = begin("sqlite")
+    for name in "ab":
+        story.chunk(name=name, chunks=[[1, 2], [3]], acknowledge=False, wait=True)
+    story.crash(turns=0)
+    story.leave_memory()
+    story.close(name="a", told=False)
+    story.retry(name="b", back=0)
+    story.close(name="b", told=False)
+    story.chunk(name="a", chunks=[[4]], acknowledge=False, wait=True)
+    story.teardown()
