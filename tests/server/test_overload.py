@@ -206,3 +206,29 @@ async def test_the_client_sends_again_what_found_a_full_queue(server: Server, mo
     for got in everyone:
         np.testing.assert_array_equal(got, wanted)
     assert server.engine.budget.held == 0
+
+
+@pytest.mark.settings(max_pending_bytes=4_000_000)
+async def test_clients_that_never_read_hold_no_more_than_the_bound_together(server: Server):
+    """Ten streams that ask for what they do not read keep within the bound, and another's chunks are all answered."""
+    budget, target = server.engine.budget, f"127.0.0.1:{server.port}"
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    async with grpc.aio.insecure_channel(target, options=options) as bad, grpc.aio.insecure_channel(target) as good:
+        stalled = [RawStream(bad) for _ in range(10)]
+        for number, stream in enumerate(stalled):
+            await stream.ask(open_item(f"{number}", "tagger", policy=CARRY))
+            await stream.ask(chunk_item(f"{number}", 0, np.zeros((2000, 5), np.float32)))
+        repeats = [pb.StreamRequest(items=[chunk_item(f"{number}", 0)] * 500) for number in range(10)]
+        sending = [asyncio.create_task(stream.call.write(each)) for stream, each in zip(stalled, repeats, strict=True)]
+        async with RawStream(good) as other:
+            await other.ask(open_item("other", "tagger", policy=CARRY))
+            for index in range(40):
+                assert (await other.ask(chunk_item("other", index, CHUNK))).result.index == index
+            assert sum(call._waiting_bytes for call in server._native._calls) > budget.total / 10
+            assert budget.held < budget.total
+        for task in sending:
+            task.cancel()
+        for stream in stalled:
+            stream.call.cancel()
+    await asyncio.sleep(0.5)
+    assert budget.held == 0
