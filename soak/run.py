@@ -9,6 +9,7 @@ Everything listens on loopback. What was found is written as JSON, each part as 
 
 import argparse
 import json
+import re
 import shlex
 import sys
 import tempfile
@@ -64,8 +65,8 @@ def _memory(given: argparse.Namespace, models: Path) -> dict[str, Any]:
     found = memory.soak(models, minutes=given.minutes, rate=given.rate, seed=given.seed)
     result = _judged(found, found.judge)
     print(
-        f"memory: {found.lowest_mb:.1f} to {found.highest_mb:.1f} MB in the {given.minutes:g} minutes after the first "
-        f"{found.warm_up_minutes:g}, {found.base_mb:.1f} MB at their beginning; {found.did}"
+        f"memory: {found.lowest_mb:.1f} to {found.highest_mb:.1f} MB after the first {found.warm_up_minutes:g} of "
+        f"{given.minutes:g} minutes, {found.base_mb:.1f} MB in the minute behind them; {found.did}"
     )
     draw(found, given.out / "memory.svg")
     return result
@@ -80,6 +81,11 @@ def _judged(found: kills.Kills | fuzz.Fuzz | memory.Memory, *judges: Callable[[]
         except SoakError as error:
             broken.append(str(error))
     return {**asdict(found), "broken": broken}
+
+
+def _text(result: dict[str, Any]) -> str:
+    """As JSON, a sample of memory on a line."""
+    return re.sub(r"\[\s+([\d.]+),\s+([\d.]+)\s+\]", r"[\1, \2]", json.dumps(result, indent=1)) + "\n"
 
 
 def _command() -> str:
@@ -112,7 +118,7 @@ def main() -> None:
                 found = {"broken": [str(error)]}
             machine = {key: value for key, value in describe().items() if key != "system"}
             about = {"command": _command(), "machine": machine}
-            (given.out / f"{name}.json").write_text(json.dumps(about | found, indent=1) + "\n", encoding="utf-8")
+            (given.out / f"{name}.json").write_text(_text(about | found), encoding="utf-8")
             broken += [f"{name}: {what}" for what in found["broken"]]
     for what in broken:
         print(f"BROKEN {what}")
