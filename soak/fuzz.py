@@ -31,6 +31,8 @@ ITEMS, MESSAGES = 256, 8
 CONTROL, CHUNKS = 7, 24
 # Of the requests, how many the server warms up with; memory stays within this of what it was then.
 WARM_UP, FLAT = 0.25, 0.05
+# Fewer requests do not warm it up.
+LEAST_JUDGED = 500_000
 # Seconds that any answer may take.
 PATIENCE_S = 60.0
 # What no client is ever told: a fault of ours, or of nobody knows whose.

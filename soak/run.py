@@ -1,7 +1,7 @@
 """`make soak`: a server that is killed, fuzzed and left to run; ends by itself, with a code that says whether all held.
 
     make soak                                   # all of it, in about fifty minutes
-    make soak SOAK="--kills 20 --requests 50000 --minutes 2 --out build/soak"
+    make soak SOAK="--kills 20 --requests 50000 --minutes 10 --out build/soak"
     make soak SOAK="--only kills --store redis --seed 7"
 
 Everything listens on loopback. What was found is written as JSON, each part as it ends, with its command and machine.
@@ -36,7 +36,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--sessions", type=int, default=100, help="live sessions under the kills (%(default)s)")
     parser.add_argument("--store", choices=("sqlite", "redis"), nargs="+", default=["sqlite", "redis"])
     parser.add_argument("--requests", type=int, default=1_000_000, help="wrong requests (%(default)s)")
-    parser.add_argument("--minutes", type=float, default=30.0, help="of watching memory (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=30.0, help="of watching memory (%(default)s); 10 or more")
     parser.add_argument("--rate", type=float, default=8.0, help="sessions a second meanwhile (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of all that is drawn (%(default)s)")
     parser.add_argument("--out", type=Path, default=FOLDER, help="the results' folder")
@@ -57,7 +57,11 @@ def _fuzz(given: argparse.Namespace, models: Path) -> dict[str, Any]:
     found = fuzz.soak(models, requests=given.requests, seed=given.seed)
     print(f"fuzz: {found.sent} requests in {found.seconds:g} s, {found.answers}")
     print(f"  beside it {found.control_answers} answers, {found.control_differing} differ")
-    result = _judged(found, found.judge, found.judge_memory)
+    if found.sent < fuzz.LEAST_JUDGED:
+        print(f"  its memory is not judged: that takes {fuzz.LEAST_JUDGED} requests")
+        result = _judged(found, found.judge)
+    else:
+        result = _judged(found, found.judge, found.judge_memory)
     return result | {"rss_mb": found.thinned()}
 
 
