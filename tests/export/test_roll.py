@@ -415,7 +415,7 @@ def stopped_early(m: Looped, x: Tensor) -> Tensor:
 
 
 REFUSED = {
-    every_second: "no axis of the inputs",
+    every_second: "over another number of frames",
     written_in_the_code: "number that is written in the code",
     reset_in_the_loop: "start it before the loop",
     faded_state: "hand it on unchanged",
