@@ -74,13 +74,16 @@ class Threading:
 
     # Threads inside one model call; 0 leaves the choice to the server.
     threads: int = 0
+    # Calls of a model that may overlap; 0 leaves the choice to the server.
+    runners: int = 0
     # Whether those threads wait awake for the next call.
     spinning: bool = False
     loop: EventLoop = "auto"
 
     def __post_init__(self) -> None:
-        if self.threads < 0:
-            raise ConfigError(f"threads is {self.threads}: it must be 0 or greater")
+        for name in ("threads", "runners"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be 0 or greater")
         if self.loop not in get_args(EventLoop):
             raise ConfigError(f"loop is {self.loop!r}: it must be one of {', '.join(get_args(EventLoop))}")
 

@@ -44,6 +44,10 @@ class Machine:
         )
 
 
+# More steps at once have fewer rows each.
+_RUNNERS = 2
+
+
 @dataclass(frozen=True)
 class Choice:
     """One setting, in words: `flag` is what overrides it."""
@@ -59,6 +63,7 @@ class Plan:
     """How a server uses its machine; `threads` are those inside one model call."""
 
     threads: int
+    runners: int
     spinning: bool
     loop: EventLoop
     choices: tuple[Choice, ...]
@@ -67,11 +72,15 @@ class Plan:
 def choose(machine: Machine, config: Threading) -> Plan:
     """The settings for this machine, where the configuration leaves them open (0, "auto")."""
     threads = config.threads or max(1, machine.usable // 2)
+    runners = config.runners or min(_RUNNERS, max(1, machine.usable // threads))
     loop: EventLoop = config.loop if config.loop != "auto" else "uvloop" if find_spec("uvloop") else "asyncio"
     why = {
         "threads": "as asked"
         if config.threads
         else f"half of {machine.usable} usable cores: the others decode and answer",
+        "runners": "as asked"
+        if config.runners
+        else f"{machine.usable} usable cores have room for so many, and {_RUNNERS} are the most",
         "spinning": "as asked"
         if config.spinning
         else "a thread that waits awake burns a core, for 0.3 ms less at low load",
@@ -79,13 +88,12 @@ def choose(machine: Machine, config: Threading) -> Plan:
     }
     return Plan(
         threads,
+        runners,
         config.spinning,
         loop,
         (
             Choice("threads in a model call", f"{threads}", why["threads"], "--threads"),
-            Choice(
-                "runners", "one a model", "its calls are one after the other, so that each has the rows that wait", ""
-            ),
+            Choice("calls that may overlap", f"{runners} of a model", why["runners"], "--runners"),
             Choice("spinning", "on" if config.spinning else "off", why["spinning"], "--spinning / --no-spinning"),
             Choice("event loop", loop, why["loop"], "--loop"),
             Choice(

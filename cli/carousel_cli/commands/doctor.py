@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option("--threads", type=int, default=0, show_default=True, help="As carousel serve has it.")
+@click.option("--runners", type=int, default=0, show_default=True, help="As carousel serve has it.")
 @click.option("--spinning/--no-spinning", default=False, show_default=True, help="As carousel serve has it.")
 @click.option("--loop", type=click.Choice(get_args(EventLoop)), default="auto", show_default=True, help="As serve's.")
 @click.option(
@@ -29,13 +30,13 @@ if TYPE_CHECKING:
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Measure the choices of threads on this bundle, which takes a few seconds.",
 )
-def command(threads: int, spinning: bool, loop: EventLoop, measure: Path | None) -> None:
+def command(threads: int, runners: int, spinning: bool, loop: EventLoop, measure: Path | None) -> None:
     """Say what this machine is, and what `carousel serve` makes of it and why."""
     with extra("server"):
         from carousel_server.engine.onnx_runtime import about  # noqa: PLC0415 -- needs the extra
         from carousel_server.trial import measure as try_out  # noqa: PLC0415 -- needs the extra
     try:
-        asked = Threading(threads=threads, spinning=spinning, loop=loop)
+        asked = Threading(threads=threads, runners=runners, spinning=spinning, loop=loop)
     except ConfigError as error:
         raise click.UsageError(str(error)) from error
     console = Console(markup=False, highlight=False)

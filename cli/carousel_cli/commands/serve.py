@@ -41,6 +41,7 @@ def _file(flag: str, field: str, help: str) -> Callable[[Any], Any]:  # noqa: A0
 @_option("--runtime", "runtime", "What runs them; torchscript needs torch.", click.Choice(get_args(RuntimeKind)))
 @_option("--variant", "variant", "What a session is run on that names none.", click.Choice(get_args(Variant)))
 @_option("--threads", "threads", "Threads inside one model call; 0: see carousel doctor.")
+@_option("--runners", "runners", "Calls of a model that may overlap; 0: see carousel doctor.")
 @click.option("--spinning/--no-spinning", default=False, show_default=True, help="Whether those threads wait awake.")
 @_option("--loop", "loop", "The event loop.", click.Choice(get_args(EventLoop)))
 @_option("--max-batch", "max_batch", "Sessions in one model call.")

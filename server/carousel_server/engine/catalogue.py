@@ -258,7 +258,14 @@ class Catalogue:
                     f"{checked.output!r} under {checked.policy} in {checked.variant} is {checked.max_abs_error:.3g} "
                     f"off the eager model's answers, {checked.tolerance:.3g} is allowed; run `carousel verify {path}`"
                 )
-        model = Model(bundle.manifest, runtimes, self._config, variant=self._config.variant, budget=self._budget)
+        model = Model(
+            bundle.manifest,
+            runtimes,
+            self._config,
+            variant=self._config.variant,
+            budget=self._budget,
+            runners=plan.runners,
+        )
         model.warm_up()
         model.on_closed = self._on_closed
         return model

@@ -16,6 +16,8 @@ from carousel_server.engine.spec import Array, State
 class DeviceRuntime(OnnxRuntime):
     """A graph whose outputs `states` stay on the device, and whose batch is that of the states it is given."""
 
+    parallel = False
+
     def __init__(self, path: Path, *, device: Device, states: frozenset[str], variant: str) -> None:
         super().__init__(path, device=device, threads=1, variant=variant)
         self._device = device

@@ -38,8 +38,11 @@ class Model:
         *,
         variant: str = "float32",
         budget: Budget | None = None,
+        runners: int = 1,
     ) -> None:
         """`variant` is what runs where none is asked for; the budget is its own where it shares none.
+
+        `runners` steps run at once where the runtimes let calls overlap.
 
         Raises `LoadError` where the bundle has no such variant.
         """
@@ -56,7 +59,8 @@ class Model:
         self._arena = next(iter(runtimes.values())).make_arena(self.spec.states, limits.max_sessions)
         scheduler = Scheduler(max_batch=limits.max_batch, max_frames=limits.max_step_frames, ragged=self.spec.ragged)
         runner = Runner(self.spec, runtimes, self._arena)
-        self.steps = Steps(self.name, scheduler, runner, self._arena, self._closed)
+        overlap = runners if all(runtime.parallel for runtime in runtimes.values()) else 1
+        self.steps = Steps(self.name, scheduler, runner, self._arena, self._closed, runners=overlap)
         self._snapshots = Snapshots(manifest, self.spec, self.variants, limits)
         self._budget = Budget(limits.max_pending_bytes) if budget is None else budget
         self._infer = Infer(self.spec, self.steps, limits, self._budget)

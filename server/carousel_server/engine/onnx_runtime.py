@@ -24,6 +24,8 @@ _RECURRENT = ("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM")
 class OnnxRuntime:
     """One graph, loaded. Raises `LoadError` for a file that onnxruntime refuses or a device that is not there."""
 
+    parallel = True
+
     def __init__(self, path: Path, *, device: Device, threads: int, variant: str, spinning: bool = False) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads

@@ -16,6 +16,8 @@ class Runtime(Protocol):
 
     inputs: list[str]
     outputs: list[str]
+    # Whether calls may overlap.
+    parallel: bool
 
     def run(self, feeds: dict[str, Any]) -> list[Any]:
         """The graph's outputs, in its order. Raises `RunError`.

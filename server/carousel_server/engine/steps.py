@@ -1,7 +1,7 @@
 """The turning of one model's steps: schedule, run, commit.
 
 All belongs to one thread, the event loop's, but a step's run, which gets arrays, gives arrays and hardly needs Python.
-While one step runs the next is formed, if it is a full one; formed later, it would have more rows.
+While every runner has a step the next is formed, if it is a full one; formed later, it would have more rows.
 """
 
 import asyncio
@@ -23,8 +23,8 @@ from carousel_server.errors import InputRejectedError, StepError
 
 log = logging.getLogger("carousel")
 
-# Steps that are formed and not committed: one runs, one waits for it.
-_DEPTH = 2
+# Rows that a step has at least to run beside another: fewer cost more each than waiting for the next step does.
+_BESIDE = 16
 
 
 @dataclass(slots=True)
@@ -46,13 +46,21 @@ class _Turn:
     step: Step
     batch: Batch | None = None
     outcomes: list[tuple[Step, Outcome | RunError]] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 class Steps:
     """`on_closed` is told of each owner that was closed when a step that held it was over."""
 
     def __init__(
-        self, name: str, scheduler: Scheduler, runner: Runner, arena: Arena, on_closed: Callable[[Runnable], None]
+        self,
+        name: str,
+        scheduler: Scheduler,
+        runner: Runner,
+        arena: Arena,
+        on_closed: Callable[[Runnable], None],
+        *,
+        runners: int = 1,
     ) -> None:
         self.counters = Counters()
         self._name = name
@@ -60,7 +68,8 @@ class Steps:
         self._runner = runner
         self._arena = arena
         self._on_closed = on_closed
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"run-{name}")
+        self._thread = ThreadPoolExecutor(runners, thread_name_prefix=f"run-{name}")
+        self._runners = runners
         self._ready = asyncio.Event()
         # Formed and not committed, in the order of their runs; and those of them that have run.
         self._formed: deque[_Turn] = deque()
@@ -71,8 +80,17 @@ class Steps:
         """Queue an owner, if it has a block due."""
         if owner.due:
             self._scheduler.add(owner)
-            if not self._formed or self._scheduler.full:
+            if self._wanted:
                 self._ready.set()
+
+    @property
+    def _wanted(self) -> bool:
+        """Whether a step is formed now, if anybody waits: one runs beside others from some rows on, or full waits."""
+        if not self._formed:
+            return True
+        if len(self._formed) < self._runners:
+            return len(self._scheduler) >= _BESIDE
+        return len(self._formed) == self._runners and self._scheduler.full
 
     def holds(self, owner: Runnable) -> bool:
         """Whether a step that is not committed has a block of this owner."""
@@ -86,7 +104,7 @@ class Steps:
             self._ready.clear()
             while self._over:
                 self._commit(self._over.popleft())
-            while not self._formed or (len(self._formed) < _DEPTH and self._scheduler.full):
+            while self._wanted:
                 if (turn := self._schedule()) is None:
                     break
                 self._thread.submit(self._run_off, turn, loop)
@@ -133,7 +151,7 @@ class Steps:
         """The step's outcome, or those of its rows run alone where the batch failed."""
         started = perf_counter()
         turn.outcomes = self._attempt(turn.step, turn.batch)
-        self.counters.run_seconds += perf_counter() - started
+        turn.seconds = perf_counter() - started
 
     def _attempt(self, step: Step, batch: Batch | None) -> list[tuple[Step, Outcome | RunError]]:
         try:
@@ -161,6 +179,7 @@ class Steps:
             if block.owner.closed:
                 self._on_closed(block.owner)
         counters.steps += 1
+        counters.run_seconds += turn.seconds
         counters.rows += len(step.blocks)
         counters.max_rows = max(counters.max_rows, len(step.blocks))
         counters.frames += step.frames

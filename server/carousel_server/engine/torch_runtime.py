@@ -46,6 +46,9 @@ def load(bundle: Bundle, *, device: Device, threads: int) -> "dict[str, TorchRun
 class TorchRuntime:
     """A method of a loaded module: `lookahead` with `ahead`, else `forward`."""
 
+    # PyTorch's threads are the process's, and calls that overlap would share them.
+    parallel = False
+
     def __init__(self, module: torch.jit.ScriptModule, manifest: Manifest, *, ahead: bool) -> None:
         self._method = getattr(module, "lookahead" if ahead else "forward")
         suffixes = ("", _AHEAD) if ahead else ("",)
