@@ -52,7 +52,7 @@ def slow(server: Server, seconds: float) -> Iterator[None]:
 
 @pytest.mark.settings(max_block_frames=16)
 async def test_a_long_chunk_delays_others_by_one_step_at_most(channel: grpc.aio.Channel, server: Server, monkeypatch):
-    """While a causal chunk of 10,000 frames runs, whatever another session sends is in the next step that is formed."""
+    """While a causal chunk of 10,000 frames runs, what another session sends waits for one of its steps at most."""
     log: list[set[str]] = []
     submit, schedule = Model.submit, Steps._schedule
 
@@ -82,8 +82,8 @@ async def test_a_long_chunk_delays_others_by_one_step_at_most(channel: grpc.aio.
     assert sum("long" in entry for entry in log) == 625
     assert len([position for position in came if position < ended]) >= 10
     for position in came:
-        following = next(entry for entry in log[position + 1 :] if not any(name.startswith("came") for name in entry))
-        assert "short" in following
+        steps = [entry for entry in log[position + 1 :] if not any(name.startswith("came") for name in entry)]
+        assert any("short" in entry for entry in steps[:2])  # the first may be that of a block which came before
 
 
 @pytest.mark.settings(max_pending_bytes=200_000)
